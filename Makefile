@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make quickstart`, `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test lint install bench-full clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/samovar run recipes/quickstart.toml
+
+test: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+# torch first and alone: with it in place, no later range can pull a newer one and its CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@sh .ci/need
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@echo "installing; llama.cpp is compiled once (about 4 minutes), pip keeps the wheel"
+	$(PIP) -e '.[train]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[train,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# Full counts and grids: hours, by hand. Every script goes on where it was stopped; results are committed.
+bench-full: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/quickstart_seeds.py --seeds 17 18 19
+	$(BIN)/python benchmarks/kill_trials.py --trials 10 --result benchmarks/results/kill_trials.json
+	$(BIN)/python benchmarks/stories260k.py

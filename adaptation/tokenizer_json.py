@@ -1,0 +1,161 @@
+"""A tokenizer.json as data: its vocabulary and merges, and the same file with tokens appended.
+
+Two families of BPE are known. In "bytes" (GPT-2, Llama 3, Qwen) a token is a string over an alphabet of 256
+printable characters, one a byte. In "characters" (SentencePiece: Llama 2, Mistral v0.1, Gemma) a token is
+text in which "▁" stands for a space, and characters outside the vocabulary fall back to bytes or to <unk>.
+
+Not here: encoding, which the tokenizers library does (`backend`), and what to append (see vocabulary.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from foundation.errors import ModelError
+from foundation.files import write_atomic
+from foundation.tokenizer import copy_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Pair = tuple[str, str]
+SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class TokenizerJson:
+    """The parsed tokenizer.json of `folder`. The parsed value is never changed in place."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> TokenizerJson:
+        """Raises ModelError when the file is missing, not JSON, or no BPE of the two families."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelError(
+                f"{folder}: no tokenizer.json",
+                hint="save the tokenizer once with transformers' AutoTokenizer(...).save_pretrained(folder)",
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            kind = content["model"].get("type", "BPE")  # files of old do not name their type
+            if kind != "BPE":
+                raise ModelError(f"{path}: a {kind} tokenizer; only BPE can be extended")
+            found = cls(folder, content)
+            _ = found.size, found.merges, found.family  # raises now what would be raised later
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path}: not a tokenizer of the tokenizers library ({error!r})") from None
+        return found
+
+    @cached_property
+    def family(self) -> Literal["bytes", "characters"]:
+        """Which of the two families this is; ModelError for neither."""
+        steps = {key: list(_steps(self.content.get(key))) for key in ("normalizer", "pre_tokenizer")}
+        if any(s["type"] == "ByteLevel" for s in steps["pre_tokenizer"]):
+            return "bytes"
+        replaces = any(s["type"] == "Replace" and s.get("content") == SPACE for s in steps["normalizer"])
+        if replaces or any(s["type"] == "Metaspace" for s in steps["pre_tokenizer"]):
+            return "characters"
+        raise ModelError(
+            f"{self.folder}: neither byte-level BPE nor SentencePiece BPE; no other can be extended"
+        )
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Every token with its id, added tokens included."""
+        found: dict[str, int] = self.content["model"]["vocab"]
+        return found | {t["content"]: t["id"] for t in self.added}
+
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        """Added tokens (control tokens and such): matched in the text before any merge."""
+        return self.content.get("added_tokens") or []
+
+    @cached_property
+    def merges(self) -> list[Pair]:
+        """Merges, first applied first; the file keeps them as "a b" or as ["a", "b"]."""
+        return [_pair(merge) for merge in self.content["model"].get("merges", [])]
+
+    @property
+    def size(self) -> int:
+        """One more than the highest id."""
+        return max(self.vocab.values()) + 1
+
+    def backend(self) -> Tokenizer:
+        """The tokenizers library's tokenizer of this content."""
+        from tokenizers import Tokenizer
+
+        try:
+            return Tokenizer.from_str(json.dumps(self.content))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"{self.folder}: tokenizer.json can not be used: {error}") from None
+
+    def extended(self, tokens: list[str], merges: list[Pair]) -> TokenizerJson:
+        """`tokens` under the ids from `size` on, in their order, and `merges` instead of the present ones.
+
+        Added tokens enter the model's vocabulary under the ids they have: it would have holes otherwise, and
+        the library then gives added tokens new ids when it loads the file.
+        """
+        fresh = {token: i for i, token in enumerate(tokens, start=self.size)}
+        vocab = dict(sorted((self.vocab | fresh).items(), key=lambda item: item[1]))
+        old = self.content["model"].get("merges", [])
+        spelt: list[Any] = (
+            [" ".join(m) for m in merges] if old and isinstance(old[0], str) else list(map(list, merges))
+        )
+        return TokenizerJson(
+            self.folder, self.content | {"model": self.content["model"] | {"vocab": vocab, "merges": spelt}}
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write this tokenizer and the other tokenizer files of its folder, for AutoTokenizer to load."""
+        folder.mkdir(parents=True, exist_ok=True)
+        copy_tokenizer(self.folder, folder)
+        write_atomic(folder / "tokenizer.json", json.dumps(self.content, ensure_ascii=False, indent=2) + "\n")
+
+
+@cache
+def byte_alphabet() -> tuple[str, ...]:
+    """Character of each byte in byte-level BPE (GPT-2): printable Latin-1 as itself, the rest from 256 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+def to_byte_level(text: str) -> str:
+    """`text` as byte-level BPE spells it."""
+    alphabet = byte_alphabet()
+    return "".join(alphabet[byte] for byte in text.encode("utf-8"))
+
+
+def from_byte_level(token: str) -> bytes:
+    """Bytes of a byte-level token. Raises KeyError on a character outside the alphabet."""
+    byte_of = _byte_of()
+    return bytes(byte_of[char] for char in token)
+
+
+@cache
+def _byte_of() -> dict[str, int]:
+    return {char: byte for byte, char in enumerate(byte_alphabet())}
+
+
+def _pair(merge: str | list[str]) -> Pair:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer; a Sequence is opened."""
+    if part is None:
+        return
+    inside = [step for key in ("normalizers", "pretokenizers") for step in part.get(key, [])]
+    if not inside:
+        yield part
+    for step in inside:
+        yield from _steps(step)

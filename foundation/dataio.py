@@ -1,0 +1,195 @@
+"""Text and conversations from files, with every fault named by file and line.
+
+Two shapes of data enter Samovar: documents, `{"text": ...}` a line (or plain text files, where an empty
+line ends a document), and conversations, `{"messages": [{"role", "content"}, ...]}` a line. Files are
+streamed: nothing here holds a corpus in memory. What a text is worth is decided elsewhere (corpora/).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from foundation.errors import InputError
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # endings, compared without case; all else is plain text
+ROLES = ("system", "user", "assistant")
+HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+MAX_LINE_BYTES = 64 * 2**20
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of a UTF-8 text file.
+
+    Raises InputError when the file is missing, empty, binary, or not UTF-8 (naming the line and, where it
+    can be told, the encoding it seems to be in).
+    """
+    if path.is_dir():
+        raise InputError(
+            f"{path}: a folder; a file is needed", hint=f"name its files with a pattern: '{path}/*.jsonl'"
+        )
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", hint="check the path in the recipe's [inputs]")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty", hint="a corpus needs at least one document")
+    number = 0
+    with path.open("rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise InputError(
+                f"{path}, line 1: UTF-16, by its first two bytes",
+                hint=f"convert it first: iconv -f utf-16 -t utf-8 {path.name} > utf8-{path.name}",
+            )
+        file.seek(0)
+        while raw := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(raw) == MAX_LINE_BYTES:
+                raise InputError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes")
+            if b"\0" in raw:
+                raise InputError(
+                    f"{path}, line {number}: a NUL byte; this is a binary file, or UTF-16",
+                    hint="give text in UTF-8: plain text, or JSON lines",
+                )
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                seen = _likely_encoding(raw)
+                name = path.name
+                raise InputError(
+                    f"{path}, line {number}: not UTF-8 (byte {error.start}: 0x{raw[error.start]:02x}); "
+                    + (f"it reads like {seen}" if seen else "its encoding can not be told"),
+                    hint=f"convert it first: iconv -f {seen or 'ENCODING'} -t utf-8 {name} > utf8-{name}",
+                ) from None
+            yield number, text.rstrip("\r\n")
+
+
+def _likely_encoding(raw: bytes) -> str:
+    """The 8-bit Cyrillic encoding under which `raw` looks most like Russian prose, or ""."""
+    best, best_share = "", 0.6
+    for name in ("cp1251", "koi8-r", "cp866"):
+        letters = [c for c in raw.decode(name, errors="replace") if ord(c) > 127]
+        # Prose is mostly lower case: the wrong Cyrillic table turns it into capitals or box drawings.
+        share = sum("а" <= c <= "я" or c == "ё" for c in letters) / max(1, len(letters))
+        if share > best_share:
+            best, best_share = name, share
+    return best
+
+
+def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a JSON-lines file; empty lines are passed over."""
+    for number, line in lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
+                hint="a .jsonl file holds one JSON object a line; give plain text the ending .txt",
+            ) from None
+        except RecursionError:
+            raise InputError(f"{path}, line {number}: nested too deep to be read as JSON") from None
+        except ValueError as error:  # an integer of thousands of digits
+            raise InputError(f"{path}, line {number}: JSON that can not be read ({error})") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}: a {type(record).__name__}; a JSON object is needed")
+        if HALF_PAIR.search(line) and not _is_text(record):
+            raise InputError(
+                f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff) is no character",
+                hint="write the whole pair, or the character itself in UTF-8",
+            )
+        yield number, record
+
+
+def _is_text(record: dict[str, Any]) -> bool:
+    """True when every string in `record` can be written as UTF-8."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def documents(paths: Iterable[Path], field: str = "text") -> Iterator[str]:
+    """Documents of JSON-lines files (their `field`) and of plain text files, in the order of the files.
+
+    Raises InputError on what `lines` refuses, on a record without `field`, and when there is no document.
+    """
+    for path in paths:
+        found = False
+        for text in _jsonl(path, field) if path.suffix.lower() in JSON_LINES else _plain(path):
+            found = True
+            yield text
+        if not found:
+            raise InputError(f"{path}: holds no document", hint="every line is empty or blank")
+
+
+def _jsonl(path: Path, field: str) -> Iterator[str]:
+    for number, record in records(path):
+        text = record.get(field)
+        if not isinstance(text, str):
+            raise InputError(
+                f"{path}, line {number}: no text under {field!r}; the keys are {sorted(record)[:8]}",
+                hint="name the key that holds the text with `field` in a corpora.prepare stage",
+            )
+        if text.strip():
+            yield text
+
+
+def _plain(path: Path) -> Iterator[str]:
+    paragraph: list[str] = []
+    for _, line in lines(path):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "\n".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "\n".join(paragraph)
+
+
+Message = dict[str, str]
+
+
+def conversations(paths: Iterable[Path]) -> Iterator[list[Message]]:
+    """The `messages` of each line, checked: known roles, text contents, an assistant's answer at the end.
+
+    Raises InputError naming file and line otherwise, or when there is none.
+    """
+    for path in paths:
+        found = False
+        for number, record in records(path):
+            found = True
+            yield checked_messages(record.get("messages"), f"{path}, line {number}", answered=True)
+        if not found:
+            raise InputError(f"{path}: holds no conversation")
+
+
+def checked_messages(messages: Any, where: str, *, answered: bool) -> list[Message]:
+    """`messages` as a list of {"role", "content"}, or InputError beginning with `where`."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError(
+            f'{where}: no "messages" list', hint='{"messages": [{"role": "user", "content": ...}]}'
+        )
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise InputError(
+                f"{where}: a message needs a role out of {', '.join(ROLES)}; seen: {message!r:.80}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"{where}: a message's content must be text; seen: {message!r:.80}")
+    if answered and (messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip()):
+        raise InputError(f"{where}: the last message must be an assistant's answer that is not empty")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write one JSON object a line, UTF-8, keys in the given order. Returns the number of lines."""
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count

@@ -1,0 +1,170 @@
+"""From text to rows of tokens, and from rows to batches, at a position that can be resumed exactly.
+
+Rows lie on disk as a flat array and are read through a memory map, so a corpus may be larger than memory.
+The order is a function of (seed, position) alone: going on after a kill means going on at a number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from foundation.chat import IGNORED, Chat, Encoded
+from foundation.dataio import Message
+from foundation.errors import InputError
+from foundation.files import read_json, write_json
+from foundation.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Row = dict[str, "np.ndarray"]
+Item = TypeVar("Item", covariant=True)
+TEXTS_AT_ONCE = 512
+
+
+class Rows(Protocol[Item]):
+    """Anything with a length that gives an item for a number: a list, a memory map, a store."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+class PackedRows:
+    """Documents joined end to end and cut into rows of `block_tokens`; every token is a label."""
+
+    def __init__(self, path: Path, block_tokens: int) -> None:
+        import numpy as np
+
+        self._tokens = np.memmap(path, dtype=np.uint32, mode="r").reshape(-1, block_tokens)  # [N, T]
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int, /) -> Row:
+        import numpy as np
+
+        ids = np.asarray(self._tokens[index], dtype=np.int64)
+        return {"input_ids": ids, "labels": ids}
+
+
+def pack(texts: Iterable[str], tokenizer: Tokenizer, block_tokens: int, work: Path) -> PackedRows:
+    """Tokenise `texts` once into `work`, each document after a boundary token, and cut them into rows.
+
+    The last, unfilled row is dropped; a corpus shorter than one row is repeated until it fills one.
+    Raises InputError when there is no token at all. A finished file is used again by a resumed stage.
+    """
+    import numpy as np
+
+    path, marker = work / "tokens.bin", work / "tokens.json"
+    facts = {"tokenizer": tokenizer.digest, "block_tokens": block_tokens}
+    done = read_json(marker)
+    size_bytes = path.stat().st_size if path.is_file() else -1
+    if done != {**facts, "size_bytes": size_bytes}:
+        work.mkdir(parents=True, exist_ok=True)
+        left: list[int] = []
+        partial = work / f"tokens.{os.getpid()}.partial"  # every rank of a distributed run packs the same
+        with partial.open("wb") as file:
+            written = 0
+            for ids in _encoded(texts, tokenizer):
+                left += ids
+                whole = len(left) // block_tokens * block_tokens
+                np.asarray(left[:whole], dtype=np.uint32).tofile(file)
+                written += whole
+                left = left[whole:]
+            if not written:
+                if not left:
+                    raise InputError("the corpus holds no text to train on")
+                repeated = (left * (block_tokens // len(left) + 1))[:block_tokens]
+                np.asarray(repeated, dtype=np.uint32).tofile(file)
+        partial.replace(path)
+        write_json(marker, {**facts, "size_bytes": path.stat().st_size})
+    return PackedRows(path, block_tokens)
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == TEXTS_AT_ONCE:
+            yield from ([tokenizer.boundary_id, *ids] for ids in tokenizer.encode_batch(batch))
+            batch = []
+    yield from ([tokenizer.boundary_id, *ids] for ids in tokenizer.encode_batch(batch))
+
+
+def chat_rows(
+    conversations: Iterable[list[Message]], tokenizer: Tokenizer, max_tokens: int
+) -> tuple[list[Row], int]:
+    """One row a conversation, labels on the assistant's tokens; returns (rows, how many were too long).
+
+    A conversation longer than `max_tokens` is left out and counted, never cut: half an answer teaches the
+    model to stop at random. Raises InputError when none is left.
+    """
+    import numpy as np
+
+    chat = Chat(tokenizer)
+    rows: list[Row] = []
+    too_long = 0
+    for messages in conversations:
+        encoded: Encoded = chat.encode(messages)
+        if len(encoded.ids) > max_tokens:
+            too_long += 1
+            continue
+        rows.append(
+            {
+                "input_ids": np.asarray(encoded.ids, dtype=np.int64),  # [T]
+                "labels": np.asarray(encoded.labels, dtype=np.int64),  # [T]
+            }
+        )
+    if not rows:
+        raise InputError(
+            f"no conversation fits {max_tokens} tokens ({too_long} are longer)", hint="raise max_tokens"
+        )
+    return rows, too_long
+
+
+class Endless(Generic[Item]):
+    """`length` items drawn from `rows` epoch after epoch, each epoch in its own seeded order."""
+
+    def __init__(self, rows: Rows[Item], length: int, seed: int) -> None:
+        self._rows, self._length, self._seed = rows, length, seed
+        self._epoch = -1
+        self._order: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: int, /) -> Item:
+        import numpy as np
+
+        if not 0 <= position < self._length:
+            raise IndexError(position)
+        epoch, place = divmod(position, len(self._rows))
+        if epoch != self._epoch:
+            draw = np.random.default_rng([self._seed, epoch])
+            self._epoch, self._order = epoch, draw.permutation(len(self._rows)).tolist()
+        return self._rows[self._order[place]]
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
+    """Rows of unequal length -> tensors [B, T, ...], padded at the right, with their attention mask [B, T].
+
+    Columns other than input_ids and labels (a teacher's top-K) are padded with zeros.
+    """
+    import numpy as np
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch: dict[str, Any] = {}
+    for name, first in rows[0].items():
+        padding = {"input_ids": pad_id, "labels": IGNORED}.get(name, 0)
+        out = np.full((len(rows), longest, *first.shape[1:]), padding, dtype=first.dtype)  # [B, T, ...]
+        for place, row in enumerate(rows):
+            out[place, : len(row[name])] = row[name]
+        batch[name] = torch.as_tensor(out)
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    batch["attention_mask"] = (torch.arange(longest)[None, :] < lengths[:, None]).long()  # [B, T]
+    return batch

@@ -1,0 +1,195 @@
+"""The stage table: every kind of stage there is, what it reads, what it writes, and where its code is.
+
+A recipe can name nothing that does not stand here. Code is named by strings, "module:name", and imported
+when it is needed: the settings class when a recipe is checked, the function in the worker that runs it.
+
+A new kind is one entry here and one module with `class Settings(StageSettings)` and
+`run(settings, inputs, out, report, **handed)`. Raise `version` when a change of code changes the bytes a
+stage writes: artifacts of the version before are then stale.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from foundation.errors import MissingError
+from foundation.settings import StageSettings
+
+Arity = Literal["one", "optional", "many", "optional_many"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of stage. `writes`: role -> path under the stage's folder; the first role is the one meant
+    where a recipe names the stage alone. `handed`: argument -> "module:function" of another room, for a
+    stage that needs another's act.
+    """
+
+    about: str
+    settings: str
+    run: str
+    writes: Mapping[str, str]
+    reads: Mapping[str, Arity] = field(default_factory=dict)
+    handed: Mapping[str, str] = field(default_factory=dict)
+    version: int = 1
+
+    def settings_class(self) -> type[StageSettings]:
+        return resolve(self.settings)
+
+    @property
+    def primary(self) -> str:
+        return next(iter(self.writes))
+
+
+def counted(settings: StageSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings as plain values, in two: those that decide the bytes, and those that a class marked with
+    `json_schema_extra={"fingerprint": False}` because they can not.
+    """
+    extras = {key: field.json_schema_extra for key, field in type(settings).model_fields.items()}
+    free = {
+        key for key, extra in extras.items() if isinstance(extra, dict) and extra.get("fingerprint") is False
+    }
+    values = settings.model_dump(mode="json")
+    return ({key: value for key, value in values.items() if key not in free},
+            {key: value for key, value in values.items() if key in free})  # fmt: skip
+
+
+def takes_many(arity: Arity) -> bool:
+    return arity in ("many", "optional_many")
+
+
+def is_required(arity: Arity) -> bool:
+    return arity in ("one", "many")
+
+
+def resolve(name: str) -> Any:
+    """The object that "module:name" names. Raises MissingError when its package is not installed."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        hint = "install it; `samovar doctor` says what each package is for"
+        raise MissingError(f"{module} needs {error.name}, which is not installed", hint=hint) from error
+    resolved: Callable[..., Any] | type = getattr(found, attribute)
+    return resolved
+
+
+def _kind(module: str, about: str, **more: Any) -> Kind:
+    return Kind(about=about, settings=f"{module}:Settings", run=f"{module}:run", **more)
+
+
+KINDS: Mapping[str, Kind] = {
+    # ------------------------------------------------------------------------------------------ text in
+    "corpora.world": _kind(
+        "corpora.world.stage",
+        "write the flight-crew world: English and Russian text, dialogues, held-out profiles",
+        writes={
+            "english": "english.jsonl",
+            "russian": "russian.jsonl",
+            "english_held": "english_held.jsonl",
+            "russian_held": "russian_held.jsonl",
+            "chat_english": "chat_english.jsonl",
+            "chat_russian": "chat_russian.jsonl",
+            "profiles": "profiles.jsonl",
+            "facts": "world.json",
+        },
+    ),
+    "corpora.prepare": _kind(
+        "corpora.prepare",
+        "read text files, clean them, and hold some back",
+        reads={"corpus": "many"},
+        writes={"text": "text.jsonl", "held": "held.jsonl"},
+    ),
+    # --------------------------------------------------------------------------------- a model's language
+    "adaptation.scratch": _kind(
+        "adaptation.scratch",
+        "train a small model from nothing",
+        reads={"corpus": "many", "tokenizer": "optional"},
+        writes={"model": "model"},
+    ),
+    "adaptation.vocabulary": _kind(
+        "adaptation.vocabulary",
+        "add the pieces of a language to a tokenizer",
+        reads={"model": "one", "corpus": "many"},
+        writes={"tokenizer": "tokenizer"},
+    ),
+    "adaptation.embeddings": _kind(
+        "adaptation.embeddings",
+        "give a model the embeddings of an extended tokenizer",
+        reads={"model": "one", "tokenizer": "one"},
+        writes={"model": "model"},
+    ),
+    "adaptation.pretrain": _kind(
+        "adaptation.pretrain",
+        "go on pre-training on text",
+        reads={"model": "one", "corpus": "many"},
+        writes={"model": "model"},
+    ),
+    "adaptation.propagate": _kind(
+        "adaptation.propagate",
+        "carry an adapted base model's vocabulary over to its instruction-tuned sibling",
+        reads={"base": "one", "adapted": "one", "instruct": "one"},
+        writes={"model": "model"},
+    ),
+    # ----------------------------------------------------------------------------------- large into small
+    "distill.train": _kind(
+        "distill.train",
+        "train on dialogues, alone or after a teacher",
+        reads={"model": "one", "data": "many", "teacher": "optional"},
+        writes={"model": "model"},
+    ),
+    "distill.capture": _kind(
+        "distill.capture",
+        "store a teacher's top-K answers",
+        reads={"teacher": "one", "data": "many"},
+        writes={"store": "store"},
+    ),
+    "prune.iterate": _kind(
+        "prune.iterate",
+        "remove layers one by one and heal after each",
+        reads={"model": "one", "data": "many"},
+        writes={"model": "model"},
+        handed={"heal": "distill.heal:heal", "score": "evaluation.bits:mean_nll"},
+    ),
+    # ------------------------------------------------------------------------------------------ measuring
+    "evaluation.score": _kind(
+        "evaluation.score",
+        "measure one model: bits per byte, share of valid answers",
+        reads={"model": "optional", "gguf": "optional", "texts": "optional_many", "profiles": "optional"},
+        writes={"scores": "scores.json"},
+    ),
+    "evaluation.compare": _kind(
+        "evaluation.compare",
+        "lay scores side by side in one table",
+        reads={"scores": "many", "facts": "optional_many", "bundle": "optional_many"},
+        writes={"table": "table.json"},
+    ),
+    # ----------------------------------------------------------------------------------------- what ships
+    "export.gguf": _kind(
+        "export.gguf",
+        "write a model as GGUF",
+        reads={"model": "one"},
+        writes={"gguf": "model.gguf"},
+    ),
+    "export.quantize": _kind(
+        "export.quantize",
+        "quantise a GGUF to Q8_0 and Q4_K_M",
+        reads={"gguf": "one"},
+        writes={"q8_0": "q8_0.gguf", "q4_k_m": "q4_k_m.gguf"},
+    ),
+    "export.verify": _kind(
+        "export.verify",
+        "prove that a GGUF computes what the model computes",
+        reads={"model": "one", "gguf": "one", "texts": "optional_many"},
+        writes={"report": "verify.json"},
+    ),
+    "export.bundle": _kind(
+        "export.bundle",
+        "put together the folder that ships",
+        reads={"model": "one", "gguf": "many", "verify": "optional_many", "scores": "optional_many"},
+        writes={"bundle": "bundle"},
+    ),
+}

@@ -1,0 +1,268 @@
+"""One stage in a process of its own: `python -m samovar.worker`, started by run.py.
+
+    stdin    one line of JSON: the Order; then nothing, until the parent dies and the pipe ends
+    stdout   at the very end, one JSON object: the Result
+    stderr   the run's log.txt: whatever the stage and its libraries print
+
+Progress and notes are appended to the run's events.jsonl. A worker does not outlive its parent: the kernel
+kills it on Linux, and everywhere a thread waits for the end of stdin. It may be killed at any moment;
+artifact.py says what is then found by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from foundation import artifact
+from foundation.artifact import Identity, Manifest
+from foundation.errors import ArtifactError, InputError, RunError, SamovarError, StopRequested
+from foundation.events import EventLog, plain
+from foundation.files import Stamps, disk_trouble, stamps
+from foundation.report import Report
+from foundation.stage import Figures
+from samovar.stages import resolve
+
+EVENTS_A_SECOND = 5.0
+_TEXT_LIMIT = 4000  # characters; the result must fit the pipe, for it is read when the worker is gone
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to run, as plain JSON. Paths are absolute; `inputs`: role -> path, or a list of them."""
+
+    stage: str
+    kind: str
+    version: int
+    run: str  # "module:function"
+    settings_class: str  # "module:Settings"
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str | list[str]]
+    digests: Mapping[str, str | list[str]]
+    writes: Mapping[str, str]
+    handed: Mapping[str, str]
+    folder: str
+    uncounted: Mapping[str, Any]  # settings that are not part of the identity: they alter no byte
+    hashed: Mapping[str, Stamps]  # local input -> its files' stamps when its digest was taken
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.kind, self.version, self.settings, int(self.settings["seed"]), self.digests)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a worker reports to, and whom it must not outlive."""
+
+    events: str
+    stop: str  # the file whose presence asks for a stop
+    parent: int  # process id
+
+
+@dataclass(frozen=True)
+class Result:
+    """How it went. `outcome`: done, stopped, failed (a refusal) or broken (a defect of ours)."""
+
+    outcome: str
+    message: str = ""
+    hint: str = ""
+
+
+class EventReport:
+    """A Report that writes to events.jsonl: a few progress events a second, and always the last one."""
+
+    def __init__(self, stage: str, events: EventLog, stop: Path) -> None:
+        self.stage = stage
+        self.events = events
+        self.stop = stop
+        self.checkpoint = stop.with_name("checkpoint")
+        self._answered_ns = 0  # modification time of the last checkpoint request that was answered
+        self._written = 0.0  # monotonic time of the last progress event
+        self._held_back: dict[str, Any] | None = None
+
+    def progress(self, done: int, total: int, unit: str = "step", **figures: float) -> None:
+        if self._held_back and self._held_back["unit"] != unit:
+            self.flush()
+        now = time.monotonic()
+        self._held_back = {"step": done, "total": total, "unit": unit, "figures": figures}
+        if done >= total or now - self._written >= 1 / EVENTS_A_SECOND:
+            self.flush()
+
+    def note(self, text: str) -> None:
+        self.events.write(self.stage, "note", text=text)
+
+    def stop_requested(self) -> bool:
+        return self.stop.exists()
+
+    def checkpoint_requested(self) -> bool:
+        try:
+            asked_ns = self.checkpoint.stat().st_mtime_ns
+        except OSError:
+            return False
+        if asked_ns == self._answered_ns:
+            return False
+        self._answered_ns = asked_ns
+        return True
+
+    def flush(self) -> None:
+        """Write the progress that was held back."""
+        if self._held_back:
+            self.events.write(self.stage, "progress", **self._held_back)
+            self._written, self._held_back = time.monotonic(), None
+
+
+def execute(order: Order, report: Report) -> Manifest:
+    """Run the stage, or go on with it, and leave it finished in order.folder.
+
+    Raises what the stage raises; its partial folder then stays for the next try.
+    """
+    folder, identity = Path(order.folder), order.identity
+    out = artifact.begin(folder, identity.fingerprint, order.kind)
+    if not artifact.is_recorded(folder):
+        settings = resolve(order.settings_class).model_validate_json(
+            json.dumps({**order.settings, **order.uncounted})
+        )
+        inputs = {role: _as_paths(value) for role, value in order.inputs.items()}
+        handed = {name: resolve(target) for name, target in order.handed.items()}
+        start = time.perf_counter()
+        figures = resolve(order.run)(settings, inputs, out, report, **handed)
+        seconds = time.perf_counter() - start
+        _refuse_edited(order)
+        for role, path in order.writes.items():
+            if not (out / path).exists():
+                raise ArtifactError(f"{order.kind} ended without writing its '{role}' ({path})")
+        artifact.record(folder, identity, _figures(figures or {}), round(seconds, 3), peak_memory_bytes())
+    artifact.publish(folder)
+    manifest = artifact.load(folder)
+    assert manifest is not None, "publish leaves a manifest"
+    return manifest
+
+
+def _refuse_edited(order: Order) -> None:
+    """Raise InputError when an input was edited since its digest was taken: the result is neither's."""
+    for path, before in order.hashed.items():
+        now = stamps(Path(path))
+        if changed := sorted(file for file in {*before, *now} if before.get(file) != now.get(file)):
+            artifact.distrust(Path(order.folder))
+            hint = "run again, and leave the inputs as they are until it is done"
+            raise InputError(f"the input {', '.join(changed)} was changed while it was used", hint=hint)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process, or of a child that it waited for."""
+    import resource
+
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def attempt(order: Order, report: EventReport) -> Result:
+    """`execute`, with every way it can end turned into a Result."""
+    try:
+        try:
+            execute(order, report)
+        finally:
+            report.flush()
+    except StopRequested as stop:
+        return Result("stopped", stop.message, stop.hint)
+    except SamovarError as error:
+        return Result("failed", error.message, error.hint)
+    except OSError as error:
+        if trouble := disk_trouble(error, Path(order.folder)):
+            return Result("failed", trouble.message, trouble.hint)
+        return _broken(error, order)
+    except BaseException as error:
+        return _broken(error, order)
+    return Result("done")
+
+
+def main() -> None:
+    """Read the order, run it, answer, and leave without waiting for threads of libraries."""
+    lifeline, answer = os.dup(0), os.dup(1)
+    with os.fdopen(0, "rb", closefd=False) as stdin:
+        line = stdin.readline()
+    if not line.endswith(b"\n"):
+        os._exit(1)  # the parent died before it had said what to do
+    request = json.loads(line)
+    order, around = Order(**request["order"]), Surroundings(**request["surroundings"])
+    _die_with_parent(lifeline, around.parent)
+    _redirect()
+    try:
+        report = EventReport(order.stage, EventLog(Path(around.events)), Path(around.stop))
+        result = attempt(order, report)
+    except RunError as error:
+        result = Result("failed", error.message, error.hint)
+    text = json.dumps({key: value[:_TEXT_LIMIT] for key, value in asdict(result).items()})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        os.write(answer, text.encode())
+    os._exit(0 if result.outcome == "done" else 1)
+
+
+def _broken(error: BaseException, order: Order) -> Result:
+    """A defect: the traceback goes to the log, its last line to the user."""
+    traceback.print_exc()
+    last = "".join(traceback.format_exception_only(error)).strip()
+    if "no space left" in last.lower():  # libraries in C report a full disk in their own words
+        full = disk_trouble(OSError(28, "no space left"), Path(order.folder))
+        assert full is not None
+        return Result("failed", full.message, full.hint)
+    if isinstance(error, MemoryError):
+        return Result("failed", f"out of memory: {last}", "use smaller batches, or fewer jobs side by side")
+    return Result("broken", last, "this is a defect; the traceback is in the run's log.txt")
+
+
+def _figures(figures: Mapping[str, Any]) -> Figures:
+    """Headline figures as plain JSON values; numpy's and torch's scalars become Python's."""
+    found: Figures = {}
+    for name, value in figures.items():
+        value = value.item() if hasattr(value, "item") else value
+        if not isinstance(value, int | float | str):
+            raise ArtifactError(f"figure '{name}' is {type(value).__name__}, not a number or a string")
+        found[name] = plain(value)
+    return found
+
+
+def _as_paths(value: str | list[str]) -> Path | tuple[Path, ...]:
+    return Path(value) if isinstance(value, str) else tuple(Path(item) for item in value)
+
+
+def _redirect() -> None:
+    """Everything printed from here on, by Python or by C, goes where stderr does; stdin is empty."""
+    import faulthandler
+
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable()
+
+
+def _die_with_parent(lifeline: int, parent: int) -> None:
+    """End this process as soon as the parent is gone: its work is on disk, and nobody is left to tell."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it went before the line above
+        os._exit(1)
+
+    def wait() -> None:
+        while os.read(lifeline, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="lifeline").start()
+
+
+if __name__ == "__main__":
+    main()
