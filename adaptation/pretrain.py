@@ -15,6 +15,7 @@ from pydantic import Field
 from foundation.dataio import documents
 from foundation.losses import cross_entropy
 from foundation.model import load, save
+from foundation.ranks import is_main
 from foundation.report import Report
 from foundation.rows import pack
 from foundation.stage import Figures, Inputs, many, one
@@ -43,5 +44,6 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         model.get_input_embeddings().requires_grad_(True)
         model.get_output_embeddings().requires_grad_(True)
     figures = tune(model, rows, cross_entropy, settings, work, report, pad_id=tokenizer.pad_id)
-    save(model, folder, out / "model")
+    if is_main():
+        save(model, folder, out / "model")
     return {**figures, "rows": len(rows)}

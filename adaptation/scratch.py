@@ -20,6 +20,7 @@ from foundation.dataio import ROLES, documents
 from foundation.files import write_atomic
 from foundation.losses import cross_entropy
 from foundation.model import create, save
+from foundation.ranks import is_main, once
 from foundation.report import Report
 from foundation.rows import pack
 from foundation.stage import Figures, Inputs, many, one
@@ -70,13 +71,16 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         folder = one(inputs, "tokenizer")
     else:
         folder = work / "tokenizer"
-        if not (folder / "tokenizer_config.json").is_file():
-            train_tokenizer(documents(corpus), settings.vocab_tokens, settings.context_tokens, folder)
+        once(
+            (folder / "tokenizer_config.json").is_file,
+            lambda: train_tokenizer(documents(corpus), settings.vocab_tokens, settings.context_tokens, folder),
+        )
     tokenizer = Tokenizer(folder)
     rows = pack(documents(corpus), tokenizer, settings.block_tokens, work)
     model = create(_config(settings, tokenizer), settings.seed)
     figures = tune(model, rows, cross_entropy, settings, work, report, pad_id=tokenizer.pad_id)
-    save(model, folder, out / "model")
+    if is_main():
+        save(model, folder, out / "model")
     return {**figures, "parameters": model.num_parameters(), "vocab_tokens": len(tokenizer)}
 
 

@@ -1,109 +1,161 @@
-"""A teacher's top-K on every response token, stored once.
+"""A teacher's distribution on every response token, stored once.
 
-Shards are written whole; a killed capture goes on after the last of them. log(1-P) and log Z are taken from
-the full logits here, because afterwards they can not be had: 1 - P in fp32 is zero long before the tail is.
+The stage: which conversations are used, over which ids the distribution is, and what is kept of it. The forward
+pass is in teacher.py, what is kept in topk.py and sampling.py, resume and ranks in shards.py, bytes in
+store.py.
 """
 
 from __future__ import annotations
 
-import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from distill.store import FORMAT, row_key, shard_path, write_shard
-from foundation.chat import IGNORED
-from foundation.dataio import conversations
-from foundation.errors import ModelError
-from foundation.losses import counted, logits_of, predicting
-from foundation.model import context_tokens, load
-from foundation.report import Report, stop_if_asked
-from foundation.rows import Row, chat_rows, collate
+from distill.sampling import sampled_columns
+from distill.shards import Capture
+from distill.teacher import Keep
+from distill.topk import top_k_columns
+from foundation.dataio import conversations, records
+from foundation.errors import InputError, ModelError
+from foundation.files import DigestCache
+from foundation.model import context_tokens, load, read_config
+from foundation.ranks import is_main, rank, world
+from foundation.report import Report
+from foundation.rows import Row, chat_rows
 from foundation.settings import StageSettings
 from foundation.stage import Figures, Inputs, many, one
 from foundation.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    import torch
+NAMED = 10  # conversations left out that a note names; it counts the others
 
 
 class Settings(StageSettings):
-    """How much of the teacher's distribution is kept."""
+    """How much of the teacher's distribution is kept, and how the teacher is run."""
 
-    top_k: int = Field(100, ge=1, le=4096, description="ids kept for each token")
-    batch_rows: int = Field(16, ge=1, description="conversations in one forward pass")
-    shard_rows: int = Field(1024, ge=1, description="conversations in one shard: the most a kill can cost")
+    support: Literal["top_k", "sampled"] = Field(
+        "top_k", description="the most probable ids with the tail's mass, or unbiased random draws"
+    )
+    top_k: int = Field(100, ge=1, le=4096, description="most ids kept for a token (support = 'top_k')")
+    mass: float = Field(
+        1.0, gt=0, le=1, description="the fewest ids that reach this probability are kept; 1 = always top_k"
+    )
+    draws: int = Field(50, ge=1, le=4096, description="draws for a token (support = 'sampled')")
+    power: float = Field(1.0, gt=0, le=2, description="draws come from p^power; 1 has the least variance")
+    bits: int = Field(6, ge=2, le=12, description="bits of a stored log-probability")
+    temperature: float = Field(1.0, gt=0, le=100, description="the teacher's logits are divided by it")
+    batch_tokens: int = Field(8192, ge=1, description="most tokens in one forward pass, padding included")
+    shard_rows: int = Field(256, ge=1, description="conversations in one shard: the most a kill can cost")
     max_tokens: int = Field(1024, ge=8, description="longest conversation that is used")
+    precision: Literal["fp32", "bf16", "nf4"] = Field(
+        "fp32", description="of the teacher's weights; a GPU wants bf16, or nf4 (4 bits, bitsandbytes)"
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes under torchrun, each with its own GPU",
+        json_schema_extra={"fingerprint": False},  # any number of them writes the same bytes
+    )
+
+    @model_validator(mode="after")
+    def _only_what_has_an_effect(self) -> Settings:
+        silent = {"top_k": ("draws", "power"), "sampled": ("top_k", "mass")}[self.support]
+        for name in silent:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with support = {self.support!r}")
+        return self
+
+    @property
+    def entries(self) -> int:
+        """The most entries that a position can have."""
+        return self.top_k if self.support == "top_k" else self.draws
+
+    @property
+    def keep(self) -> Keep:
+        """What is kept of a chunk of logits."""
+        if self.support == "top_k":
+            return lambda logits, gold, _: top_k_columns(logits, gold, self.top_k, self.mass)
+        return partial(sampled_columns, power=self.power)
 
 
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
-    """Write out/store from `teacher` and `data`."""
-    folder, store = one(inputs, "teacher"), out / "store"
-    store.mkdir(parents=True, exist_ok=True)
+    """Write out/store from `teacher` and `data`. Figures are rank 0's; the other ranks have none.
+
+    Raises InputError when no conversation fits or an answer is empty, ModelError when the teacher can not be
+    run or has too few tokens for these settings, StopRequested between two shards, with all that was captured
+    on disk.
+    """
+    folder = one(inputs, "teacher")
     tokenizer = Tokenizer(folder)
     longest = min(settings.max_tokens, context_tokens(folder))
-    rows, too_long = chat_rows(conversations(many(inputs, "data")), tokenizer, longest)
-    model = load(folder)
-    vocab = model.config.vocab_size
-    if settings.top_k >= vocab:
-        raise ModelError(f"top_k = {settings.top_k}; the teacher has {vocab} tokens, so at most {vocab - 1}")
-    shards = range(0, len(rows), settings.shard_rows)
-    for number, start in enumerate(shards):
-        if not shard_path(store, number).exists():
-            part = rows[start : start + settings.shard_rows]
-            _write(model, part, settings, tokenizer.pad_id, shard_path(store, number))
-        report.progress(min(start + settings.shard_rows, len(rows)), len(rows), "row")
-        stop_if_asked(report)
-    tokens = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
-    size = sum(path.stat().st_size for path in store.glob("shard-*.safetensors"))
-    meta = {
-        "format": FORMAT,
-        "tokenizer": tokenizer.digest,
-        "vocab_tokens": vocab,
-        "top_k": settings.top_k,
-        "rows": len(rows),
-        "tokens": tokens,
-        "shards": len(shards),
-    }
-    (store / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    return {"rows": len(rows), "too_long": too_long, "tokens": tokens, "bytes_per_token": size / tokens}
-
-
-def _write(model: Any, rows: list[Row], settings: Settings, pad_id: int, path: Path) -> None:
-    import numpy as np
-    import torch
-
-    parts: list[dict[str, np.ndarray]] = []
-    with torch.inference_mode():
-        for start in range(0, len(rows), settings.batch_rows):
-            batch = collate(rows[start : start + settings.batch_rows], pad_id)
-            batch = {name: value.to(model.device) for name, value in batch.items()}
-            logits = logits_of(model, batch)  # [B, T, V]
-            labels = batch["labels"]
-            parts.append(top_k_columns(predicting(logits, labels), counted(labels, labels), settings.top_k))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    lengths = [int((row["labels"][1:] != IGNORED).sum()) for row in rows]
-    write_shard(path, columns, [row_key(row) for row in rows], lengths)
-
-
-def top_k_columns(logits: torch.Tensor, gold: torch.Tensor, top_k: int) -> dict[str, Any]:
-    """Store columns (numpy) of `logits` [N, V] with gold next tokens [N]; see distill/store.py."""
-    import numpy as np
-
-    logits = logits.float()
-    log_z = logits.logsumexp(-1)  # [N]
-    if not log_z.isfinite().all():
-        raise ModelError("the teacher's logits are not numbers", hint="its weights hold NaN or infinity")
-    top, ids = logits.topk(top_k, dim=-1)  # [N, K]
-    tail = logits.scatter(-1, ids, float("-inf")).logsumexp(-1) - log_z  # [N]
-    inside = (ids == gold[:, None]).any(-1)  # [N]
-    gold_logit = logits.gather(-1, gold[:, None]).squeeze(-1) * inside  # [N]
-    narrow = np.uint16 if logits.shape[-1] <= 2**16 else np.uint32
+    rows, too_long = fitting_rows(many(inputs, "data"), tokenizer, longest, report)
+    cut_rows = _cut_rows(settings, folder, tokenizer, rows, report)
+    capture = Capture(settings, tokenizer, rows, out)
+    mine = range(rank(), len(capture.parts), world())
+    if missing := capture.missing(mine, report):
+        capture.write(load(folder, precision=settings.precision), missing, report)
+    if not is_main():
+        return {}
+    shards = capture.wait(mine, report)
+    header = capture.seal(shards, DigestCache().content(folder))
+    size_bytes = sum(shard.size_bytes for shard in shards)
     return {
-        "topk_ids": ids.cpu().numpy().astype(narrow),
-        "topk_logprobs": (top - log_z[:, None]).cpu().numpy().astype(np.float16),
-        "tail_logprob": tail.cpu().numpy().astype(np.float32),
-        "gold_logit": gold_logit.cpu().numpy().astype(np.float32),
-        "log_z": log_z.cpu().numpy().astype(np.float32),
+        "rows": len(rows),
+        "too_long": too_long,
+        "cut_rows": cut_rows,
+        "tokens": header.positions,
+        "bytes_per_token": size_bytes / header.positions,
+        **capture.means(),
     }
+
+
+def fitting_rows(
+    paths: Sequence[Path], tokenizer: Tokenizer, longest: int, report: Report
+) -> tuple[list[Row], int]:
+    """The conversations of at most `longest` tokens, in order, and how many are longer.
+
+    Those are left out, counted, and named by file and line in a note. Raises InputError when none is left.
+    """
+    rows, _ = chat_rows(conversations(paths), tokenizer, sys.maxsize)
+    lengths = [len(row["input_ids"]) for row in rows]
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= longest]
+    too_long = len(rows) - len(fitting)
+    if too_long:
+        places = ((path, line) for path in paths for line, _ in records(path))
+        named = (
+            f"{path}, line {line} ({length} tokens)"
+            for (path, line), length in zip(places, lengths, strict=True)
+            if length > longest
+        )
+        said = "; ".join(islice(named, NAMED)) + (f"; and {too_long - NAMED} more" if too_long > NAMED else "")
+        if not fitting:
+            raise InputError(f"no conversation fits {longest} tokens: {said}", hint="raise max_tokens")
+        report.note(f"{too_long} of {len(rows)} conversations exceed {longest} tokens and are left out: {said}")
+    return fitting, too_long
+
+
+def _cut_rows(settings: Settings, folder: Path, tokenizer: Tokenizer, rows: list[Row], report: Report) -> int:
+    """How many rows of the teacher's head no token stands behind. Raises ModelError where V does not fit.
+
+    They are cut before the softmax, which renormalises: a student padded with zero logits in their place would
+    be taught that ids which nobody can write have mass.
+    """
+    vocab_tokens = len(tokenizer)
+    if settings.support == "top_k" and settings.top_k >= vocab_tokens:
+        raise ModelError(
+            f"top_k = {settings.top_k}; the teacher has {vocab_tokens} tokens, so at most {vocab_tokens - 1}"
+        )
+    if (highest := max(int(row["input_ids"].max()) for row in rows)) >= vocab_tokens:
+        raise ModelError(
+            f"{folder}: id {highest} in a tokenizer of {vocab_tokens} tokens: its ids have holes",
+            hint="a distribution is stored over the ids 0 .. tokens - 1; renumber the tokenizer",
+        )
+    cut = max(0, int(read_config(folder).get("vocab_size", vocab_tokens)) - vocab_tokens)
+    if cut:
+        report.note(f"the teacher has {cut} rows beyond the tokenizer's {vocab_tokens} tokens; they are cut")
+    return cut

@@ -1,33 +1,80 @@
-"""The store: what a teacher said about each response token, on disk, written once and read many times.
+"""The store: what a teacher said about each counted token, on disk, written once and read many times.
 
-A folder: meta.json, and shards (safetensors) of whole conversations. A conversation is found by the digest of
-its ids and labels, never by its number: a student that tokenises or templates differently finds nothing, and is
-told so, instead of learning from another token's distribution.
+A folder: shards of whole conversations, and header.json, written last: its presence means complete. A
+conversation is found by the digest of its ids and labels, never by its number: a student that tokenises or
+templates differently finds nothing, and is told so, instead of learning from another token's distribution. The
+bytes of a shard are the affair of shard_file.py and codec.py; docs/store.md describes them all.
 
-Columns, one entry a counted token (label), P tokens in a shard:
-  topk_ids [P, K]  topk_logprobs [P, K] descending  tail_logprob [P] = log(1 - sum of the K probabilities)
-  gold_logit [P] = raw logit of the gold token, 0 where it is outside the top-K  log_z [P] = log normaliser
+Columns, one entry a counted token (a label), P of them in a conversation; all at the store's temperature:
+  topk_ids [P, K] int32, 0 where no entry
+  topk_logprobs [P, K] float32, -inf where no entry; in a sampled store these are log weights
+  tail_logprob [P] = log(1 - sum of the entries' probabilities); -inf in a sampled store
+  gold_logprob [P] of the gold next token, in or outside the entries
+  log_z [P] log normaliser of the logits
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from distill.shard_file import FORMAT, KEY_BYTES, RECAPTURE, SAMPLED, ShardFile, write_shard
 from foundation.chat import IGNORED
 from foundation.errors import ArtifactError, ModelError
+from foundation.files import sha256_file, write_json
+from foundation.report import Report
 from foundation.rows import Row, Rows
 from foundation.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 1
-COLUMNS = ("topk_ids", "topk_logprobs", "tail_logprob", "gold_logit")
-KEY_BYTES = 16
+__all__ = [
+    "HEADER", "Header", "Shard", "TopKStore", "data_digest", "read_header", "row_key", "seal", "shard_facts",
+    "shard_path", "template_digest", "verify", "write_shard",
+]  # fmt: skip
+HEADER = "header.json"
+FORMER_HEADER = "meta.json"  # of format 1
+RECAPTURED = "capture from the same data, with the same chat template and max_tokens"
+RESEAL = f"delete {HEADER} and run the capture again: it keeps the shards that are whole"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Facts of one shard, as the header holds them."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    rows: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a store is of. Two stores with equal headers hold equal bytes."""
+
+    support: Literal["top_k", "sampled"]  # "top_k", or "sampled": entries are draws and carry weights
+    top_k: int  # the most entries that a position has
+    mass: float  # the fewest entries that reach it are kept, at most top_k; 1.0 = always top_k
+    draws: int  # of a sampled store, a position; 0 elsewhere
+    bits: int  # of a quantised log-probability
+    temperature: float
+    vocab_tokens: int  # V of the distributions
+    teacher: str  # digest of the teacher's folder
+    tokenizer: str  # Tokenizer.digest
+    tokenizer_tokens: int
+    template: str  # template_digest
+    data: str  # data_digest
+    rows: int
+    positions: int
+    shards: tuple[Shard, ...]
+    format: int = FORMAT
 
 
 def row_key(row: Row) -> bytes:
@@ -37,83 +84,156 @@ def row_key(row: Row) -> bytes:
     return digest.digest()[:KEY_BYTES]
 
 
+def template_digest(tokenizer: Tokenizer) -> str:
+    """sha256 of the chat template's text; of no text where there is none."""
+    return hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()
+
+
+def data_digest(keys: list[bytes]) -> str:
+    """sha256 of all row keys in the order of the data."""
+    return hashlib.sha256(b"".join(keys)).hexdigest()
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """Where shard `number` lies."""
-    return folder / f"shard-{number:05d}.safetensors"
+    return folder / f"shard-{number:05d}.topk"
 
 
-def write_shard(path: Path, columns: dict[str, np.ndarray], keys: list[bytes], lengths: list[int]) -> None:
-    """Write one shard whole or not at all; keys and lengths name its conversations, in order."""
-    import numpy as np
-    from safetensors.numpy import save
+def shard_facts(path: Path) -> Shard:
+    """Facts of a whole shard. Raises ArtifactError where it is damaged or torn: every byte is read."""
+    shard = ShardFile(path)
+    shard.check_rows()
+    facts = shard.facts
+    return Shard(path.name, shard.size_bytes, sha256_file(path), facts.rows, facts.positions)
 
-    packed = {
-        **columns,
-        "keys": np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, KEY_BYTES),  # [R, 16]
-        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),  # [R + 1]
-    }
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(save(packed))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+
+def seal(folder: Path, header: Header) -> None:
+    """Write header.json: from now on the store is complete."""
+    write_json(folder / HEADER, dataclasses.asdict(header))
+
+
+def read_header(folder: Path) -> Header:
+    """The header of a finished store. Raises ArtifactError when there is none, or it is of another format."""
+    from pydantic import TypeAdapter, ValidationError
+
+    path = folder / HEADER
+    if not path.is_file() and (folder / FORMER_HEADER).is_file():
+        path = folder / FORMER_HEADER
+    try:
+        text = path.read_bytes()
+        found = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        raise ArtifactError(
+            f"{folder}: not a finished top-K store (no readable {HEADER})",
+            hint="run its distill.capture stage to the end",
+        ) from None
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT or path.name != HEADER:
+        raise ArtifactError(
+            f"{folder}: store format {version}; this version reads {FORMAT}",
+            hint="capture it again, or read it with the version of Samovar that wrote it",
+        )
+    try:
+        header = TypeAdapter(Header).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path}: damaged: {where}: {first['msg']}", hint=RESEAL) from None
+    shards = header.shards
+    if not (
+        [shard.name for shard in shards] == [shard_path(folder, n).name for n in range(len(shards))]
+        and header.rows == sum(shard.rows for shard in shards)
+        and header.positions == sum(shard.positions for shard in shards)
+    ):
+        raise ArtifactError(f"{path}: damaged: its list of shards is not possible", hint=RESEAL)
+    return header
 
 
 class TopKStore:
-    """A finished store, opened for reading."""
+    """A finished store, opened for reading: shards are mapped, conversations decoded when asked for."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
-        try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ArtifactError(
-                f"{folder}: not a finished top-K store (no readable meta.json)",
-                hint="run its distill.capture stage to the end",
-            ) from None
-        if self.meta.get("format") != FORMAT:
-            raise ArtifactError(
-                f"{folder}: store format {self.meta.get('format')}; this version reads {FORMAT}"
-            )
-        self.folder = folder
-        self._shards: list[Any] = [
-            safe_open(str(shard_path(folder, n)), "numpy") for n in range(self.meta["shards"])
-        ]
-        self._where: dict[bytes, tuple[int, int, int]] = {}
-        for number, shard in enumerate(self._shards):
-            starts = shard.get_tensor("starts")
-            for place, key in enumerate(shard.get_tensor("keys")):
-                self._where[key.tobytes()] = (number, int(starts[place]), int(starts[place + 1]))
+        self.folder, self.header = folder, read_header(folder)
+        self._shards = [_opened(folder, self.header, shard) for shard in self.header.shards]
+        keys = [key for shard in self._shards for key in shard.keys]
+        if data_digest(keys) != self.header.data:
+            raise ArtifactError(f"{folder}: its shards are not those of its {HEADER}", hint=RESEAL)
+        self._where = {
+            key: (number, place)
+            for number, shard in enumerate(self._shards)
+            for place, key in enumerate(shard.keys)
+        }
 
     def columns(self, row: Row) -> dict[str, np.ndarray]:
-        """The columns of one conversation, one entry a counted token. Raises ModelError if it is not stored."""
-        try:
-            number, start, stop = self._where[row_key(row)]
-        except KeyError:
+        """The columns of one conversation, one entry a counted token, K = header.top_k wide.
+
+        A position's entries stand in no particular order. Raises ModelError if the conversation is not stored,
+        ArtifactError if its bytes are damaged.
+        """
+        where = self._where.get(row_key(row))
+        if where is None:
             raise ModelError(
                 f"{self.folder}: a conversation of {len(row['input_ids'])} tokens is not in the store",
-                hint="capture from the same data, with the same chat template and max_tokens",
-            ) from None
-        return {name: self._shards[number].get_slice(name)[start:stop] for name in COLUMNS}
+                hint=RECAPTURED,
+            )
+        number, place = where
+        shard = self._shards[number]
+        if shard.lengths[place] != (row["labels"][1:] != IGNORED).sum():
+            raise shard.damaged(f"conversation {place + 1} has {shard.lengths[place]} positions")
+        return shard.columns(place, self.header.top_k)
 
-    def beside(self, rows: Rows[Row], tokenizer: Tokenizer) -> Rows[Row]:
+    def beside(self, rows: Rows[Row], tokenizer: Tokenizer, *, temperature: float) -> Rows[Row]:
         """`rows` with the teacher's columns laid beside their labels, [T, ...], zeros where nothing counts.
 
-        Raises ModelError at once when the tokenizer is not the teacher's, or a conversation is missing.
+        Proves first that the student is asked what the teacher answered: the same tokenizer, chat template and
+        temperature, and every conversation in the store. Raises ModelError otherwise.
         """
-        if tokenizer.digest != self.meta["tokenizer"]:
+        header = self.header
+        if tokenizer.digest != header.tokenizer:
             raise ModelError(
-                f"{tokenizer.folder}: the student's tokenizer ({tokenizer.digest[:12]}) is not the teacher's "
-                f"({self.meta['tokenizer'][:12]})",
+                f"{tokenizer.folder}: the student's tokenizer ({tokenizer.digest[:12]}, {len(tokenizer)} "
+                f"tokens) is not the teacher's ({header.tokenizer[:12]}, {header.tokenizer_tokens} tokens)",
                 hint="both must share a vocabulary; adapt the student with the teacher's tokenizer",
             )
-        for number in range(len(rows)):
-            row = rows[number]
-            if row_key(row) not in self._where:
-                self.columns(row)
+        if template_digest(tokenizer) != header.template:
+            raise ModelError(
+                f"{tokenizer.folder}: the student's chat template ({template_digest(tokenizer)[:12]}) is not "
+                f"the teacher's ({header.template[:12]})",
+                hint="copy the teacher's chat_template.jinja beside the student's tokenizer",
+            )
+        if temperature != header.temperature:
+            raise ModelError(
+                f"{self.folder}: captured at temperature {header.temperature}, asked for at {temperature}",
+                hint=f"set temperature = {header.temperature}, or capture again at {temperature}",
+            )
+        missing = [number for number in range(len(rows)) if row_key(rows[number]) not in self._where]
+        if missing:
+            tokens = len(rows[missing[0]]["input_ids"])
+            raise ModelError(
+                f"{self.folder}: {len(missing)} of {len(rows)} conversations are not in the store; the first "
+                f"is number {missing[0] + 1}, {tokens} tokens long",
+                hint=RECAPTURED,
+            )
         return _Beside(self, rows)
+
+    def parts(self) -> dict[str, int]:
+        """Bytes of all shards by what they hold."""
+        parts: Counter[str] = Counter()
+        for shard in self._shards:
+            parts.update(shard.parts())
+        return dict(parts)
+
+
+def _opened(folder: Path, header: Header, facts: Shard) -> ShardFile:
+    """A shard of the header's store. Raises ArtifactError when it is missing, damaged or another's."""
+    shard = ShardFile(folder / facts.name)
+    seen, support = shard.facts, "sampled" if shard.facts.flags & SAMPLED else "top_k"
+    if (shard.size_bytes, seen.rows, seen.positions) != (facts.size_bytes, facts.rows, facts.positions):
+        raise shard.damaged(f"its sizes are not those in {HEADER}")
+    same = (seen.vocab_tokens, seen.bits, support) == (header.vocab_tokens, header.bits, header.support)
+    if not same or seen.top_k > header.top_k:
+        raise shard.damaged(f"of another kind than {HEADER} says")
+    return shard
 
 
 class _Beside:
@@ -128,9 +248,33 @@ class _Beside:
 
         row = self._rows[index]
         counted = row["labels"] != IGNORED  # [T]
+        counted[0] = False  # the first token is nobody's prediction
         wide = dict(row)
         for name, values in self._store.columns(row).items():
-            dtype = np.int64 if name == "topk_ids" else np.float32
-            wide[name] = np.zeros((len(counted), *values.shape[1:]), dtype=dtype)  # [T, ...]
+            wide[name] = np.zeros((len(counted), *values.shape[1:]), dtype=values.dtype)  # [T, ...]
             wide[name][counted] = values
         return wide
+
+
+def verify(folder: Path, report: Report) -> dict[str, int]:
+    """Read every shard to its last bit; returns what was checked.
+
+    Raises ArtifactError with every damaged file and what is wrong with it.
+    """
+    header = read_header(folder)
+    faults = []
+    for number, facts in enumerate(header.shards):
+        report.progress(number, len(header.shards), "shard")
+        try:
+            shard = _opened(folder, header, facts)
+            if sha256_file(shard.path) != facts.sha256:
+                raise shard.damaged(f"its sha256 is not that in {HEADER}")
+            for place in range(len(shard.keys)):
+                shard.columns(place)
+        except ArtifactError as error:
+            faults.append(error.message)
+    if faults:
+        raise ArtifactError("\n".join(faults), hint=RECAPTURE)
+    TopKStore(folder)
+    report.progress(len(header.shards), len(header.shards), "shard")
+    return {"shards": len(header.shards), "rows": header.rows, "positions": header.positions}

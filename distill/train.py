@@ -1,102 +1,164 @@
 """Supervised training on conversations: plain instruction tuning, or a student beside a stored teacher.
 
-loss = "ce" is every supervised fine-tuning in Samovar; loss = "topk" reads the teacher's top-K from a store
-that distill.capture wrote once (RuAdapt-KD). In both the loss stands on the response tokens only.
+loss = "ce" is every supervised fine-tuning in Samovar, and with a teacher's texts as data it is sequence-level
+KD (Kim & Rush 2016). Any other name of distill.losses reads the teacher's distributions from a store that
+distill.capture wrote once: one line of a recipe turns the one into the other. In all of them the loss stands on
+the response tokens only.
+
+Which weights move: all of them, or adapters beside a frozen base (lora_rank > 0; base_precision = "nf4" is
+QLoRA). What is written has the precision of training (fp32) in the first case, and that of the model read in
+the second: a bf16 model stays one.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
-from distill.losses import TopKLoss
-from distill.store import TopKStore
+from distill.adapters import Backend, Lora, merged, taken_off, with_adapters
+from distill.losses import LOSSES, make_loss
+from distill.store import Header, TopKStore
+from foundation.curves import CURVES
 from foundation.dataio import conversations
-from foundation.errors import InputError
-from foundation.losses import cross_entropy
-from foundation.model import context_tokens, load, save
+from foundation.errors import InputError, ModelError
+from foundation.model import context_tokens, load, read_config, save
+from foundation.ranks import is_main
 from foundation.report import Report
-from foundation.rows import Row, Rows, chat_rows
+from foundation.rows import JoinedRows, Row, Rows, chat_rows
 from foundation.stage import Figures, Inputs, many, one
 from foundation.tokenizer import Tokenizer
-from foundation.tune import Loss, TuneSettings, tune
+from foundation.tune import TuneSettings, tune
 
-LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OF_A_TEACHER = ("kl_lambda", "ce_weight", "temperature")
+OF_ADAPTERS = ("lora_alpha", "base_precision", "backend")
 
 
 class Settings(TuneSettings):
     """Which loss, and which weights it moves."""
 
-    loss: Literal["ce", "topk"] = Field(
-        "ce", description="cross-entropy alone, or with a stored teacher's top-K"
-    )
-    kl_lambda: float = Field(
-        0.2, ge=0, description="lambda of RuAdapt-KD eq. 1: weight of KL against cross-entropy"
-    )
-    kl_weight: Literal["published", "none"] = Field(
-        "published", description="1 - exp(-s/(t+eps)) on each token (eq. 1), or 1 everywhere"
-    )
-    kl_support: Literal["renormalised", "tail"] = Field(
-        "renormalised",
-        description="both sides renormalised over the K ids (published), or KL with the missing mass",
-    )
+    loss: Literal[
+        "ce", "published", "published_code", "shift_invariant", "forward_kl", "renormalised_kl",
+        "reverse_kl", "sampled_kl",
+    ] = Field("ce", description="cross-entropy alone, or with a stored teacher's distributions")  # fmt: skip
+    kl_lambda: float = Field(0.2, ge=0, description="weight of KD against cross-entropy (RuAdapt-KD, eq. 1)")
+    ce_weight: float = Field(1.0, ge=0, description="weight of cross-entropy beside KD; 0 = KD alone")
+    temperature: float = Field(1.0, gt=0, le=100, description="of teacher and student in KD: the store's")
     max_tokens: int = Field(1024, ge=8, description="longest conversation that is used")
+    packing: bool = Field(
+        False, description="join short conversations into rows of max_tokens; none sees another"
+    )
     lora_rank: int = Field(0, ge=0, description="rank of LoRA on the 7 linear modules; 0 = all weights train")
     lora_alpha: int = Field(128, ge=1, description="LoRA alpha (scale = alpha / rank)")
+    base_precision: Literal["fp32", "bf16", "nf4"] = Field(
+        "fp32", description="of the frozen weights beside LoRA; nf4 is QLoRA and needs bitsandbytes"
+    )
+    backend: Backend = Field(
+        "auto", description="of LoRA; auto = unsloth where it and a GPU are at hand, else peft"
+    )
 
     @model_validator(mode="after")
-    def _kl_needs_a_store(self) -> Settings:
-        if self.loss == "ce" and self.kl_lambda != type(self).model_fields["kl_lambda"].default:
-            raise ValueError("kl_lambda has no effect with loss = 'ce'; set loss = 'topk'")
+    def _only_what_has_an_effect(self) -> Settings:
+        fields = type(self).model_fields.items()
+        changed = {name for name, field in fields if getattr(self, name) != field.default}
+        if self.loss == "ce" and (idle := [name for name in OF_A_TEACHER if name in changed]):
+            raise ValueError(f"{', '.join(idle)}: no effect with loss = 'ce'; set loss = 'published_code'")
+        if self.loss != "ce" and self.kl_lambda == 0:
+            raise ValueError("kl_lambda = 0 takes nothing from the teacher; set loss = 'ce'")
+        if not self.lora_rank and (idle := [name for name in OF_ADAPTERS if name in changed]):
+            raise ValueError(f"{', '.join(idle)}: of LoRA's base alone; set lora_rank, or leave it out")
+        if self.packing and self.backend == "unsloth":
+            raise ValueError(
+                "packing: unsloth's attention does not see where a conversation ends; backend = 'peft'"
+            )
         return self
 
 
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
-    """Train `model` on `data`, beside `teacher` (a store) when loss = "topk"; writes out/model."""
+    """Train `model` on `data`, beside `teacher` (a store) unless loss = "ce".
+
+    Writes out/model and out/curves.jsonl; under torchrun rank 0 alone does. Raises InputError when data or
+    store do not go with the settings, ModelError when store and student do not go together: both before the
+    first step.
+    """
     folder, work = one(inputs, "model"), out / ".work"
     tokenizer = Tokenizer(folder)
-    rows, loss = _rows_and_loss(settings, inputs, tokenizer, report)
-    model = _with_lora(load(folder), settings)
-    figures = tune(model, rows, loss, settings, work, report, pad_id=tokenizer.pad_id)
-    save(model.merge_and_unload() if settings.lora_rank else model, folder, out / "model")
-    return {**figures, "conversations": len(rows)}
-
-
-def _rows_and_loss(
-    settings: Settings, inputs: Inputs, tokenizer: Tokenizer, report: Report
-) -> tuple[Rows[Row], Loss]:
-    if (settings.loss == "topk") != ("teacher" in inputs):
-        raise InputError(
-            f"loss = {settings.loss!r} "
-            + ("needs" if settings.loss == "topk" else "does not read")
-            + " a teacher's store",
-            hint="reads = { teacher = ... } goes with loss = 'topk'",
+    rows, conversations_used = _rows(settings, inputs, tokenizer, report)
+    loss = make_loss(
+        settings.loss,
+        kl_lambda=settings.kl_lambda,
+        ce_weight=settings.ce_weight,
+        temperature=settings.temperature,
+    )
+    if settings.lora_rank:
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.seed)
+        backend = "peft" if settings.packing and settings.backend == "auto" else settings.backend
+        model = with_adapters(
+            folder,
+            lora,
+            settings.base_precision,
+            backend,
+            max_tokens=settings.max_tokens,
+            report=report,
         )
+    else:
+        model = load(folder)
+    figures = tune(model, rows, loss, settings, work, report, pad_id=tokenizer.pad_id)
+    if is_main():
+        if settings.lora_rank:
+            adapters = taken_off(model)
+            del model  # its memory is wanted for the base as it is stored
+            model = merged(folder, adapters)
+        save(model, folder, out / "model")
+        shutil.copyfile(work / CURVES, out / CURVES)
+    return {**figures, "conversations": conversations_used, "rows": len(rows)}
+
+
+def _rows(settings: Settings, inputs: Inputs, tokenizer: Tokenizer, report: Report) -> tuple[Rows[Row], int]:
+    """(rows to train on, with the teacher's columns and joined as asked for; how many conversations)."""
+    store = _store(settings, inputs, tokenizer)
     longest = min(settings.max_tokens, context_tokens(tokenizer.folder))
-    rows, too_long = chat_rows(conversations(many(inputs, "data")), tokenizer, longest)
+    chats, too_long = chat_rows(conversations(many(inputs, "data")), tokenizer, longest)
     if too_long:
         report.note(f"{too_long} conversations are longer than {longest} tokens and were left out")
-    if settings.loss == "ce":
-        return rows, cross_entropy
+    rows: Rows[Row] = chats
+    if store:
+        rows = store.beside(rows, tokenizer, temperature=settings.temperature)
+    if settings.packing:
+        rows = JoinedRows(rows, longest, settings.seed)
+        report.note(f"{len(chats)} conversations joined into {len(rows)} rows of up to {longest} tokens")
+    return rows, len(chats)
+
+
+def _store(settings: Settings, inputs: Inputs, tokenizer: Tokenizer) -> TopKStore | None:
+    """The teacher's store, if the loss reads one. Raises InputError or ModelError when they do not match."""
+    kind = LOSSES[settings.loss]
+    if bool(kind.reads) != ("teacher" in inputs):
+        raise InputError(
+            f"loss = {settings.loss!r} {'needs' if kind.reads else 'does not read'} a teacher's store",
+            hint="reads = { teacher = ... } goes with every loss but 'ce'",
+        )
+    if not kind.reads:
+        return None
     store = TopKStore(one(inputs, "teacher"))
-    return store.beside(rows, tokenizer), TopKLoss(settings.kl_lambda, settings.kl_weight, settings.kl_support)
+    if kind.support != store.header.support:
+        found = store.header.support
+        fitting = [name for name, other in LOSSES.items() if other.reads and other.support == found]
+        raise InputError(
+            f"loss = {settings.loss!r} reads a store with support = {kind.support!r}; this one has {found!r}",
+            hint=f"set loss to one of {', '.join(fitting)}; or capture with support = {kind.support!r}",
+        )
+    _check_vocabulary(store.header, tokenizer.folder)
+    return store
 
 
-def _with_lora(model: Any, settings: Settings) -> Any:
-    """The model wrapped for LoRA on its linear modules, or as it is when lora_rank is 0."""
-    if not settings.lora_rank:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,
-            target_modules=LORA_MODULES,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        ),
-    )
+def _check_vocabulary(header: Header, folder: Path) -> None:
+    """Raise ModelError when the teacher speaks of ids that the student has no row for."""
+    rows = int(read_config(folder).get("vocab_size", header.vocab_tokens))
+    if rows < header.vocab_tokens:
+        raise ModelError(
+            f"{folder}: the student has {rows} ids, the teacher's distributions {header.vocab_tokens}",
+            hint="both must share a vocabulary: give the student the teacher's tokenizer first",
+        )

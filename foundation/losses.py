@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foundation.chat import IGNORED
+from foundation.chunked import chunked_nll
+from foundation.head import hidden_of, inputs_of
 
 if TYPE_CHECKING:
     import torch
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
 
 def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Next-token logits of a batch, read in one go and without a KV cache.  # [B, T, V]"""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    logits: torch.Tensor = model(**inputs_of(batch), use_cache=False).logits
     return logits
 
 
@@ -38,7 +39,6 @@ def cross_entropy(model: Any, batch: dict[str, torch.Tensor], items: torch.Tenso
 
 def next_token_nll(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Sum over the counted labels of -log p(label | tokens before it), in fp32."""
-    from torch.nn.functional import cross_entropy as nll
-
     labels = batch["labels"]
-    return nll(predicting(logits_of(model, batch), labels).float(), counted(labels, labels), reduction="sum")
+    hidden, head = hidden_of(model, batch)
+    return chunked_nll(predicting(hidden, labels), head, counted(labels, labels))

@@ -5,10 +5,12 @@ Weights come from safetensors alone: a pickle from outside is a program. Remote 
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.errors import MissingError, ModelError
 from foundation.tokenizer import Tokenizer, copy_tokenizer
@@ -16,28 +18,33 @@ from foundation.tokenizer import Tokenizer, copy_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Precision = Literal["fp32", "bf16", "nf4", "stored"]
 
-def load(folder: Path) -> PreTrainedModel:
-    """The causal language model in `folder`, in fp32 and evaluation mode, on the accelerator if there is one.
+NF4_BLOCK = 64  # numbers that share a scale
+
+
+def load(folder: Path, *, precision: Precision = "fp32") -> PreTrainedModel:
+    """The causal language model in `folder`, in evaluation mode, on the accelerator if there is one.
+
+    nf4 is for reading and for QLoRA (Dettmers et al. 2023): 4 bits a weight in the linear layers, whose scales
+    are quantised too; embedding, head and norms in bf16, which is also what it computes in. Weights come from
+    the disk in the precision asked for: no second copy is held. "stored" is whatever the files hold.
 
     Raises ModelError when there are no safetensors, transformers can not build the model, a weight is missing
     or left over (transformers would fill the gap with random numbers and only warn), or the tokenizer beside
-    it has more tokens than the embedding has rows.
+    it has more tokens than the embedding has rows; MissingError for nf4 without bitsandbytes.
     """
     import torch
 
     transformers = quiet_transformers()
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json", hint="a model is a folder in Hugging Face's form")
-    if not list(folder.glob("*.safetensors")):
-        raise ModelError(
-            f"{folder}: no *.safetensors",
-            hint="pickled weights are not loaded; convert them with safetensors first",
-        )
+    check_files(folder)
+    quantized = four_bits(transformers) if precision == "nf4" else None
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             str(folder),
-            dtype=torch.float32,
+            dtype={"fp32": torch.float32, "stored": "auto"}.get(precision, torch.bfloat16),
+            quantization_config=quantized,
+            device_map={"": device()},
             attn_implementation=attention(),
             local_files_only=True,
             use_safetensors=True,
@@ -48,8 +55,38 @@ def load(folder: Path) -> PreTrainedModel:
     except Exception as error:  # a bad folder makes transformers and safetensors raise anything
         raise ModelError(f"{folder}: transformers can not load this model: {error}") from error
     _check_weights(folder, report)
+    if quantized:
+        _check_widths(folder, model)
     _check_vocabulary(folder, model.config.vocab_size)
-    return model.to(device()).eval()
+    return model.eval()
+
+
+def four_bits(transformers: Any) -> Any:
+    """nf4 with quantised scales, computing in bf16. Raises MissingError without bitsandbytes."""
+    import torch
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingError(
+            "precision = 'nf4' needs bitsandbytes, which is not installed",
+            hint="pip install -c constraints.txt bitsandbytes, or precision = 'bf16'",
+        )
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def check_files(folder: Path) -> None:
+    """Raise ModelError unless `folder` holds a config and safetensors."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json", hint="a model is a folder in Hugging Face's form")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no *.safetensors",
+            hint="pickled weights are not loaded; convert them with safetensors first",
+        )
 
 
 def _check_weights(folder: Path, report: dict[str, Any]) -> None:
@@ -65,6 +102,21 @@ def _check_weights(folder: Path, report: dict[str, Any]) -> None:
             f"{folder}: config.json and the weights do not belong together: {', '.join(said)}",
             hint="copy both from the same model; a changed num_hidden_layers or hidden_size shows like this",
         )
+
+
+def _check_widths(folder: Path, model: Any) -> None:
+    """Raise ModelError for a 4-bit layer that bitsandbytes' CPU code reads back wrongly.
+
+    Measured with 0.50.2: a row that is no whole number of 64-blocks comes back with three times nf4's error.
+    """
+    if device() != "cpu":
+        return
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % NF4_BLOCK:
+            raise ModelError(
+                f"{folder}: {name} is {module.in_features} wide; nf4 on a CPU takes multiples of {NF4_BLOCK}",
+                hint="load it in bf16",
+            )
 
 
 def _check_vocabulary(folder: Path, rows: int) -> None:
@@ -96,7 +148,10 @@ def create(config: dict[str, Any], seed: int) -> PreTrainedModel:
 
 
 def save(model: PreTrainedModel, tokenizer_folder: Path, out: Path) -> None:
-    """Write `model` as safetensors beside the files of its tokenizer. The same model gives the same bytes."""
+    """Write `model`, in the precision that it is in, as safetensors beside the files of its tokenizer.
+
+    The same model gives the same bytes.
+    """
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(out), safe_serialization=True)
     copy_tokenizer(tokenizer_folder, out)
@@ -118,7 +173,10 @@ def attention() -> str:
 
 
 def quiet_transformers() -> Any:
-    """transformers, without its progress bars and advice: what matters is told through the Report."""
+    """transformers, without its progress bars and advice: what matters is told through the Report.
+
+    Raises MissingError when it is not installed.
+    """
     try:
         import transformers
     except ImportError:
@@ -127,6 +185,7 @@ def quiet_transformers() -> Any:
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every kernel that a CPU has not
     return transformers
 
 

@@ -126,6 +126,54 @@ def chat_rows(
     return rows, too_long
 
 
+class JoinedRows:
+    """Conversations joined into rows of at most `block_tokens`, each seen by the model as if it stood alone.
+
+    position_ids restart with every conversation, from which transformers makes block-diagonal attention where
+    there is no attention mask. The first token of each is no label: nothing before it is its own. All other
+    columns (a teacher's) come along. Which conversations share a row: first fit (Johnson 1973), in an order
+    drawn from `seed`; at most 1.7 times as many rows as the best way needs, in practice a few per cent.
+    """
+
+    def __init__(self, rows: Rows[Row], block_tokens: int, seed: int) -> None:
+        import numpy as np
+
+        self._rows = rows
+        lengths = [len(rows[place]["input_ids"]) for place in range(len(rows))]
+        order = np.random.default_rng([seed, len(rows)]).permutation(len(rows)).tolist()
+        self._groups = first_fit([lengths[place] for place in order], block_tokens)
+        self._groups = [[order[place] for place in group] for group in self._groups]
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, index: int, /) -> Row:
+        import numpy as np
+
+        parts = [self._rows[place] for place in self._groups[index]]
+        row = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}  # [T, ...]
+        row["position_ids"] = np.concatenate([np.arange(len(part["input_ids"])) for part in parts])  # [T]
+        row["labels"][row["position_ids"] == 0] = IGNORED
+        return row
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Places of `lengths` in groups of at most `capacity` together, each in the first with room for it."""
+    import numpy as np
+
+    room = np.empty(len(lengths), dtype=np.int64)  # of each group
+    groups: list[list[int]] = []
+    for place, length in enumerate(lengths):
+        fits = room[: len(groups)] >= length
+        group = int(fits.argmax()) if fits.any() else len(groups)
+        if group == len(groups):
+            groups.append([])
+            room[group] = capacity
+        groups[group].append(place)
+        room[group] -= length
+    return groups
+
+
 class Endless(Generic[Item]):
     """`length` items drawn from `rows` epoch after epoch, each epoch in its own seeded order."""
 
@@ -152,7 +200,8 @@ class Endless(Generic[Item]):
 def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
     """Rows of unequal length -> tensors [B, T, ...], padded at the right, with their attention mask [B, T].
 
-    Columns other than input_ids and labels (a teacher's top-K) are padded with zeros.
+    Columns other than input_ids and labels (a teacher's top-K) are padded with zeros. Rows with position_ids
+    (joined conversations) get no mask: their padding, all at position 0, is then one conversation a token.
     """
     import numpy as np
     import torch
@@ -165,6 +214,8 @@ def collate(rows: Sequence[Row], pad_id: int) -> dict[str, Any]:
         for place, row in enumerate(rows):
             out[place, : len(row[name])] = row[name]
         batch[name] = torch.as_tensor(out)
+    if "position_ids" in batch:
+        return batch
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     batch["attention_mask"] = (torch.arange(longest)[None, :] < lengths[:, None]).long()  # [B, T]
     return batch

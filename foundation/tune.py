@@ -2,16 +2,18 @@
 
 DDP, FSDP, mixed precision, 8-bit optimisers, gradient accumulation and checkpoints come from Trainer and
 accelerate; what is ours is small: batches at an exact position, a loss normalised over the whole optimiser
-step, checkpoints that count only when complete, and progress to a Report. Killed at any moment, the next
-call goes on from the last complete checkpoint and ends with the same bytes (on CPU).
+step, checkpoints that count only when complete, curves, and progress to a Report. Killed at any moment, the
+next call goes on from the last complete checkpoint and ends with the same bytes (on CPU).
+
+Under torchrun every rank calls `tune`. Rank 0 alone writes curves, seals and removes checkpoints, and hears
+the user; what it heard goes to all ranks with the sums of the step, so that none waits for another in vain.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import shutil
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from foundation.checkpoints import complete_checkpoints, remove_old, remove_torn, seal, step_of
+from foundation.curves import CURVES, Curves
 from foundation.errors import MissingError, ModelError, StopRequested
-from foundation.files import read_json, write_json
 from foundation.model import quiet_transformers
+from foundation.ranks import is_main, world
 from foundation.report import Report
 from foundation.rows import Endless, Row, Rows, collate
 from foundation.settings import StageSettings
@@ -34,11 +38,12 @@ Batch = dict[str, "torch.Tensor"]
 Loss = Callable[["PreTrainedModel", Batch, "torch.Tensor"], "torch.Tensor"]
 """loss(model, batch, items) -> scalar: the SUM over the batch's counted tokens divided by `items`, the number
 of counted tokens in the whole optimiser step (all micro-batches, all ranks). A mean per micro-batch would
-weigh tokens by the length of their neighbours under gradient accumulation."""
+weigh tokens by the length of their neighbours under gradient accumulation.
+
+A loss may have `sums`, a dict name -> detached scalar that each call adds to, with "tokens", the counted
+tokens, among the names: the means a token over an optimiser step are then told beside the loss."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-COMPLETE = "COMPLETE"
-KEPT_CHECKPOINTS = 2
 
 
 class TuneSettings(StageSettings):
@@ -58,6 +63,9 @@ class TuneSettings(StageSettings):
     )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="autocast of the forward pass")
     gradient_checkpointing: bool = Field(False, description="less memory, a third more compute")
+    processes: int = Field(
+        1, ge=1, le=64, description="processes under torchrun, each with its own GPU and batch_rows"
+    )
     checkpoint_every_steps: int = Field(
         200,
         ge=1,
@@ -78,10 +86,12 @@ def tune(
 ) -> dict[str, float | int]:
     """Train `model` in place for settings.steps; resume from `work` if it holds a complete checkpoint.
 
-    Only parameters that require gradients are trained. Returns the loss over the last tenth of the steps
-    (nats per counted token) and what was trained. Raises StopRequested after saving a
-    checkpoint when the report asks to stop, ModelError when the loss is no longer finite.
+    Only parameters that require gradients are trained. Writes work/curves.jsonl, a line a step. Returns the
+    loss over the last tenth of the steps (nats per counted token) and what was trained. Raises StopRequested
+    after saving a checkpoint when the report asks to stop, ModelError when the loss is no longer finite.
     """
+    from accelerate import PartialState
+
     transformers = quiet_transformers()
     if "8bit" in settings.optimizer and importlib.util.find_spec("bitsandbytes") is None:
         raise MissingError(
@@ -89,8 +99,12 @@ def tune(
             hint="pip install -c constraints.txt bitsandbytes, or optimizer = 'adamw_torch'",
         )
     work.mkdir(parents=True, exist_ok=True)
-    watcher = _watcher(transformers, settings, work, report)
     arguments = _arguments(transformers, settings, work)
+    if is_main():
+        remove_torn(work)
+    PartialState().wait_for_everyone()
+    latest = next(reversed(complete_checkpoints(work)), None)
+    watcher = _watcher(transformers, loss, settings, work, report, step_of(latest) if latest else 0)
     per_step = settings.batch_rows * settings.accumulation * arguments.world_size
     trainer = _trainer(transformers, loss, watcher)(
         model=model,
@@ -100,19 +114,19 @@ def tune(
         callbacks=[watcher],
     )
     if settings.gradient_checkpointing:
+        # Not reentrant: gradients then reach LoRA's weights though the embedding, being frozen, needs none.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    latest = _latest_checkpoint(work)
     if latest is not None:
         report.note(f"going on from {latest.name}")
     trainer.train(resume_from_checkpoint=str(latest) if latest else None)
     if watcher.stopped:
         raise StopRequested("stopped as asked, after a checkpoint", hint="the same command goes on from here")
+    PartialState().wait_for_everyone()  # rank 0's last line of the curves is written
     model.eval()
-    history = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
-    last = [value for step, value in history if step > settings.steps * 0.9] or [history[-1][1]]
+    last = Curves.last(work / CURVES, math.ceil(settings.steps / 10))
     return {
-        "loss": sum(last) / len(last),
+        "loss": sum(figures["loss"] for figures in last) / len(last),
         "steps": settings.steps,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -138,7 +152,7 @@ def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
         save_strategy="steps",
         save_steps=settings.checkpoint_every_steps,
         save_total_limit=None,  # old ones go in _watcher, after the new one is known to be complete
-        logging_steps=min(10, settings.steps),
+        logging_steps=1,  # a mean over several steps would be another one after a resume between them
         logging_nan_inf_filter=False,
         seed=settings.seed,
         data_seed=settings.seed,
@@ -175,72 +189,80 @@ def _trainer(transformers: Any, loss: Loss, watcher: Any) -> Any:
     return Tuner
 
 
-def _watcher(transformers: Any, settings: TuneSettings, work: Path, report: Report) -> Any:
-    """Progress, stop requests, complete checkpoints, and the check that the loss is finite."""
+def _watcher(
+    transformers: Any, loss: Loss, settings: TuneSettings, work: Path, report: Report, start: int
+) -> Any:
+    """Curves and progress, stop requests, complete checkpoints, and the check that the loss is finite."""
 
     class Watcher(transformers.TrainerCallback):
         def __init__(self) -> None:
             self.stopped = False
-            self.figures: dict[str, float] = {}
             self.tokens, self.started = 0, 0.0  # tokens read since then, padding included
+            self.curves = Curves(work / CURVES, start) if is_main() else None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.started = time.monotonic()
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            """At the end of every step, before Trainer looks at `control`; and once more with a summary."""
+            if not logs or "loss" not in logs:
+                return
+            state.log_history.clear()  # the curves hold it; Trainer writes all of it into each checkpoint
+            if not math.isfinite(logs["loss"]):
+                raise ModelError(
+                    f"the loss is {logs['loss']} at step {state.global_step}",
+                    hint="lower learning_rate, lengthen warmup_steps, or use precision = 'fp32'",
+                )
+            means, save, stop = _agree(loss, report, args.device)
+            figures = {"loss": logs["loss"], **means}
+            figures |= {name: float(logs[name]) for name in ("grad_norm", "learning_rate")}
+            if self.curves:
+                self.curves.add({"step": state.global_step, **figures})
             pace = self.tokens / max(time.monotonic() - self.started, 1e-9)
-            report.progress(state.global_step, settings.steps, "step", tokens_per_second=pace, **self.figures)
-            if report.checkpoint_requested():
+            live = {"tokens_per_second": pace, "peak_memory_bytes": _peak_memory_bytes()}
+            report.progress(state.global_step, settings.steps, "step", **figures, **live)
+            if save:
                 control.should_save = True
-            if report.stop_requested() and state.global_step < settings.steps:
+            if stop and state.global_step < settings.steps:
                 self.stopped = control.should_save = control.should_training_stop = True
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                if not math.isfinite(logs["loss"]):
-                    raise ModelError(
-                        f"the loss is {logs['loss']} at step {state.global_step}",
-                        hint="lower learning_rate, lengthen warmup_steps, or use precision = 'fp32'",
-                    )
-                self.figures = {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.is_world_process_zero:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()  # each rank has written its own part
+            if self.curves:
+                self.curves.sync()
                 seal(work / f"checkpoint-{state.global_step}")
-                for old in _complete_checkpoints(work)[:-KEPT_CHECKPOINTS]:
-                    shutil.rmtree(old)
+                remove_old(work)
 
     return Watcher()
 
 
-def seal(checkpoint: Path) -> None:
-    """Write COMPLETE, the sizes of all files, once these are on the disk itself and not in its cache."""
-    sizes = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        sizes[str(path.relative_to(checkpoint))] = path.stat().st_size
-    write_json(checkpoint / COMPLETE, sizes)
+def _agree(loss: Loss, report: Report, device: Any) -> tuple[dict[str, float], bool, bool]:
+    """(the loss's means a counted token, save?, stop?) of a step, the same on all ranks; empties the sums.
+
+    One reduction for all. Rank 0 alone asks the report: two ranks that read a request between different steps
+    would wait for each other for ever.
+    """
+    import torch
+
+    sums: dict[str, torch.Tensor] = getattr(loss, "sums", {})
+    asked = [report.checkpoint_requested(), report.stop_requested()] if is_main() else [False, False]
+    told = torch.tensor(asked, dtype=torch.float64, device=device)
+    told = torch.cat([told, *(value.double().to(device).reshape(1) for value in sums.values())])
+    if world() > 1:
+        torch.distributed.all_reduce(told)
+    save, stop, *totals = told.tolist()
+    total = dict(zip(sums, totals, strict=True))
+    sums.clear()
+    tokens = max(total.pop("tokens", 0.0), 1.0)
+    return {name: value / tokens for name, value in total.items()}, save > 0, stop > 0
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """True when COMPLETE is there and every file has the size that it had then."""
-    sizes = read_json(checkpoint / COMPLETE)
-    return isinstance(sizes, dict) and all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+def _peak_memory_bytes() -> int:
+    """The most memory that this process held so far: the GPU's where there is one."""
+    import torch
 
-
-def _complete_checkpoints(work: Path) -> list[Path]:
-    """Checkpoints that were written to their end and are still whole, oldest first."""
-    whole = (path for path in work.glob("checkpoint-*") if _is_whole(path))
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
-
-
-def _latest_checkpoint(work: Path) -> Path | None:
-    """The newest whole checkpoint; torn and damaged ones are removed."""
-    complete = _complete_checkpoints(work)
-    for torn in set(work.glob("checkpoint-*")) - set(complete):
-        shutil.rmtree(torn)
-    return complete[-1] if complete else None
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -19,10 +19,12 @@ from foundation.errors import RecipeError, RunError, RunLocked
 from foundation.files import DigestCache, writing
 from foundation.rundir import RunDirectory, acquire
 from samovar.inputs import find_input
+from samovar.order import Order
 from samovar.recipe import check_settings, nearest
 from samovar.screen import Careful, Screen
 from samovar.stages import KINDS, Kind, counted, is_required, takes_many
-from samovar.worker import Order, execute
+from samovar.torchrun import refuse_more_than_gpus
+from samovar.worker import execute
 
 
 class ScreenReport:
@@ -84,6 +86,7 @@ def run_alone(
                     if len(found) > 1 and not takes_many(kind.reads[role])]:  # fmt: skip
         raise RecipeError(problems)
     _refuse_place(folder, [path for found in paths.values() for path in found])
+    refuse_more_than_gpus([settings])
     cache = DigestCache()
     digests = {role: [cache.content(path) for path in found] for role, found in paths.items()}
     order = Order(
@@ -143,7 +146,7 @@ def _locked(order: Order, out: Path, screen: Screen) -> Manifest:
         report = ScreenReport(order.stage, screen)
         before = signal.signal(signal.SIGINT, report.interrupt)
         try:
-            manifest = execute(order, report)
+            manifest = execute(order, report, lock.handle)
         finally:
             signal.signal(signal.SIGINT, before)
         report.tell("stage_finished", seconds=manifest.seconds, figures=manifest.figures)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation.errors import RecipeError, RunError, SamovarError, StopRequested
+from samovar import store
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -34,6 +35,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(store.app, name="store")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (.toml).")]

@@ -178,9 +178,12 @@ def check_settings(kind: Kind, values: Mapping[str, Any], seed: int | None = Non
         odd = [key for key, value in given.items() if not _is_json(value)]
         raise RecipeError([f"key '{key}': not a value a setting can have" for key in odd]) from error
     try:
-        return cls.model_validate_json(text)
+        settings = cls.model_validate_json(text)
     except ValidationError as error:
         raise RecipeError(_problems(error, (*cls.model_fields, *_STAGE_KEYS))) from error
+    if (processes := getattr(settings, "processes", 1)) > 1 and not kind.distributed:
+        raise RecipeError([f"key 'processes': this kind runs as one process, not {processes}"])
+    return settings
 
 
 class _TooMany(Exception):

@@ -27,16 +27,19 @@ from foundation.artifact import Manifest
 from foundation.errors import SamovarError
 from foundation.events import EventLog, Tail
 from foundation.files import DigestCache, writing
-from foundation.rundir import Lock, RunDirectory, acquire, usable_cores
+from foundation.rundir import Lock, RunDirectory, acquire
 from foundation.runstate import State
 from samovar.board import Board
 from samovar.inputs import Inputs
+from samovar.order import Order, Result
 from samovar.plan import Action, Planner, Step, refuse_altered
+from samovar.process import environment
 from samovar.recipe import Recipe, Stage
 from samovar.screen import Careful, NoScreen, Screen
 from samovar.show import log_tail
 from samovar.stages import KINDS, Kind, counted
-from samovar.worker import Order, Result, Surroundings
+from samovar.torchrun import refuse_more_than_gpus
+from samovar.worker import Surroundings
 
 EXIT_CODES = {State.FINISHED: 0, State.FAILED: 1, State.STOPPED: 130}
 _POLL_SECONDS = 0.05
@@ -129,6 +132,7 @@ class _Runner:
             steps = self.planner.plan()
             self.screen.plan(steps)
             refuse_altered(steps)
+            refuse_more_than_gpus(step.stage.settings for step in steps if step.works)
             self.directory.describe(self.recipe.text)
             self.planner.cache.save()
             self.begun = True
@@ -209,6 +213,7 @@ class _Runner:
             events=str(self.directory.events.absolute()),
             stop=str((self.directory.control / "stop").absolute()),
             parent=os.getpid(),
+            lock=self.lock.handle,
         )
         name = step.stage.name
         self.events.write(name, "stage_started", what=step.action, why=step.why)
@@ -333,14 +338,3 @@ def make_order(step: Step, planner: Planner, kind: Kind) -> Order:
         uncounted=counted(step.stage.settings)[1],
         hashed={path: planner.cache.hashed[path] for path in planner.local(step.stage)},
     )
-
-
-def environment(jobs: int) -> dict[str, str]:
-    """A worker's environment: its share of the cores, and nothing that differs between two runs."""
-    threads = str(max(1, usable_cores() // jobs))
-    env = os.environ | {"PYTHONHASHSEED": "0", "TOKENIZERS_PARALLELISM": "false"}
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        env.setdefault(name, threads)
-    here = str(Path(__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [here, env.get("PYTHONPATH", "")]))
-    return env

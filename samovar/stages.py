@@ -25,7 +25,7 @@ Arity = Literal["one", "optional", "many", "optional_many"]
 class Kind:
     """One kind of stage. `writes`: role -> path under the stage's folder; the first role is the one meant
     where a recipe names the stage alone. `handed`: argument -> "module:function" of another room, for a
-    stage that needs another's act.
+    stage that needs another's act. `distributed`: it can run as several processes, and has the setting for it.
     """
 
     about: str
@@ -35,6 +35,7 @@ class Kind:
     reads: Mapping[str, Arity] = field(default_factory=dict)
     handed: Mapping[str, str] = field(default_factory=dict)
     version: int = 1
+    distributed: bool = False
 
     def settings_class(self) -> type[StageSettings]:
         return resolve(self.settings)
@@ -109,6 +110,8 @@ KINDS: Mapping[str, Kind] = {
         "train a small model from nothing",
         reads={"corpus": "many", "tokenizer": "optional"},
         writes={"model": "model"},
+        distributed=True,
+        version=2,
     ),
     "adaptation.vocabulary": _kind(
         "adaptation.vocabulary",
@@ -127,6 +130,8 @@ KINDS: Mapping[str, Kind] = {
         "go on pre-training on text",
         reads={"model": "one", "corpus": "many"},
         writes={"model": "model"},
+        distributed=True,
+        version=2,
     ),
     "adaptation.propagate": _kind(
         "adaptation.propagate",
@@ -139,13 +144,36 @@ KINDS: Mapping[str, Kind] = {
         "distill.train",
         "train on dialogues, alone or after a teacher",
         reads={"model": "one", "data": "many", "teacher": "optional"},
-        writes={"model": "model"},
+        writes={"model": "model", "curves": "curves.jsonl"},
+        distributed=True,
+        version=2,
     ),
     "distill.capture": _kind(
         "distill.capture",
         "store a teacher's top-K answers",
         reads={"teacher": "one", "data": "many"},
         writes={"store": "store"},
+        distributed=True,
+        version=2,
+    ),
+    "distill.synthesize": _kind(
+        "distill.synthesize.stage",
+        "have a teacher write training data, and keep what is valid",
+        reads={
+            "teacher": "optional",
+            "template": "optional",
+            "items": "optional_many",
+            "seeds": "optional_many",
+            "catalogue": "optional",
+            "answers": "optional_many",
+        },
+        writes={
+            "data": "data.jsonl",
+            "provenance": "provenance.jsonl",
+            "rejected": "rejected.jsonl",
+            "held": "held.jsonl",
+            "answers": "answers.jsonl",
+        },
     ),
     "prune.iterate": _kind(
         "prune.iterate",
@@ -153,6 +181,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"model": "one", "data": "many"},
         writes={"model": "model"},
         handed={"heal": "distill.heal:heal", "score": "evaluation.bits:mean_nll"},
+        version=2,
     ),
     # ------------------------------------------------------------------------------------------ measuring
     "evaluation.score": _kind(

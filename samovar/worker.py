@@ -6,7 +6,8 @@
 
 Progress and notes are appended to the run's events.jsonl. A worker does not outlive its parent: the kernel
 kills it on Linux, and everywhere a thread waits for the end of stdin. It may be killed at any moment;
-artifact.py says what is then found by the next one.
+artifact.py says what is then found by the next one. With `processes` > 1 the stage's work is done by ranks
+under torchrun (torchrun.py), and the worker, which waits for them, finishes the artifact as always.
 """
 
 from __future__ import annotations
@@ -14,50 +15,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from foundation import artifact
-from foundation.artifact import Identity, Manifest
-from foundation.errors import ArtifactError, InputError, RunError, SamovarError, StopRequested
-from foundation.events import EventLog, plain
-from foundation.files import Stamps, disk_trouble, stamps
+from foundation.artifact import Manifest
+from foundation.errors import ArtifactError, InputError, RunError
+from foundation.events import EventLog
+from foundation.files import stamps
 from foundation.report import Report
-from foundation.stage import Figures
-from samovar.stages import resolve
+from samovar.order import Order, Result, call, result_of
+from samovar.process import die_with
+from samovar.torchrun import RanksBroke, launch
 
 EVENTS_A_SECOND = 5.0
 _TEXT_LIMIT = 4000  # characters; the result must fit the pipe, for it is read when the worker is gone
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to run, as plain JSON. Paths are absolute; `inputs`: role -> path, or a list of them."""
-
-    stage: str
-    kind: str
-    version: int
-    run: str  # "module:function"
-    settings_class: str  # "module:Settings"
-    settings: Mapping[str, Any]
-    inputs: Mapping[str, str | list[str]]
-    digests: Mapping[str, str | list[str]]
-    writes: Mapping[str, str]
-    handed: Mapping[str, str]
-    folder: str
-    uncounted: Mapping[str, Any]  # settings that are not part of the identity: they alter no byte
-    hashed: Mapping[str, Stamps]  # local input -> its files' stamps when its digest was taken
-
-    @property
-    def identity(self) -> Identity:
-        return Identity(self.kind, self.version, self.settings, int(self.settings["seed"]), self.digests)
 
 
 @dataclass(frozen=True)
@@ -67,15 +43,7 @@ class Surroundings:
     events: str
     stop: str  # the file whose presence asks for a stop
     parent: int  # process id
-
-
-@dataclass(frozen=True)
-class Result:
-    """How it went. `outcome`: done, stopped, failed (a refusal) or broken (a defect of ours)."""
-
-    outcome: str
-    message: str = ""
-    hint: str = ""
+    lock: int | None = None  # descriptor of the run's lock, which the worker has inherited
 
 
 class EventReport:
@@ -121,27 +89,23 @@ class EventReport:
             self._written, self._held_back = time.monotonic(), None
 
 
-def execute(order: Order, report: Report) -> Manifest:
+def execute(order: Order, report: Report, lock: int | None = None) -> Manifest:
     """Run the stage, or go on with it, and leave it finished in order.folder.
 
-    Raises what the stage raises; its partial folder then stays for the next try.
+    `lock`: descriptor of the lock that every process of this stage must hold. Raises what the stage raises;
+    its partial folder then stays for the next try.
     """
     folder, identity = Path(order.folder), order.identity
     out = artifact.begin(folder, identity.fingerprint, order.kind)
     if not artifact.is_recorded(folder):
-        settings = resolve(order.settings_class).model_validate_json(
-            json.dumps({**order.settings, **order.uncounted})
-        )
-        inputs = {role: _as_paths(value) for role, value in order.inputs.items()}
-        handed = {name: resolve(target) for name, target in order.handed.items()}
         start = time.perf_counter()
-        figures = resolve(order.run)(settings, inputs, out, report, **handed)
+        figures = launch(order, out, report, lock) if order.processes > 1 else call(order, out, report)
         seconds = time.perf_counter() - start
         _refuse_edited(order)
         for role, path in order.writes.items():
             if not (out / path).exists():
                 raise ArtifactError(f"{order.kind} ended without writing its '{role}' ({path})")
-        artifact.record(folder, identity, _figures(figures or {}), round(seconds, 3), peak_memory_bytes())
+        artifact.record(folder, identity, figures, round(seconds, 3), peak_memory_bytes())
     artifact.publish(folder)
     manifest = artifact.load(folder)
     assert manifest is not None, "publish leaves a manifest"
@@ -166,23 +130,17 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def attempt(order: Order, report: EventReport) -> Result:
+def attempt(order: Order, report: EventReport, lock: int | None = None) -> Result:
     """`execute`, with every way it can end turned into a Result."""
     try:
         try:
-            execute(order, report)
+            execute(order, report, lock)
         finally:
             report.flush()
-    except StopRequested as stop:
-        return Result("stopped", stop.message, stop.hint)
-    except SamovarError as error:
-        return Result("failed", error.message, error.hint)
-    except OSError as error:
-        if trouble := disk_trouble(error, Path(order.folder)):
-            return Result("failed", trouble.message, trouble.hint)
-        return _broken(error, order)
+    except RanksBroke as error:
+        return error.result
     except BaseException as error:
-        return _broken(error, order)
+        return result_of(error, Path(order.folder))
     return Result("done")
 
 
@@ -199,7 +157,7 @@ def main() -> None:
     _redirect()
     try:
         report = EventReport(order.stage, EventLog(Path(around.events)), Path(around.stop))
-        result = attempt(order, report)
+        result = attempt(order, report, around.lock)
     except RunError as error:
         result = Result("failed", error.message, error.hint)
     text = json.dumps({key: value[:_TEXT_LIMIT] for key, value in asdict(result).items()})
@@ -208,34 +166,6 @@ def main() -> None:
     with contextlib.suppress(OSError):
         os.write(answer, text.encode())
     os._exit(0 if result.outcome == "done" else 1)
-
-
-def _broken(error: BaseException, order: Order) -> Result:
-    """A defect: the traceback goes to the log, its last line to the user."""
-    traceback.print_exc()
-    last = "".join(traceback.format_exception_only(error)).strip()
-    if "no space left" in last.lower():  # libraries in C report a full disk in their own words
-        full = disk_trouble(OSError(28, "no space left"), Path(order.folder))
-        assert full is not None
-        return Result("failed", full.message, full.hint)
-    if isinstance(error, MemoryError):
-        return Result("failed", f"out of memory: {last}", "use smaller batches, or fewer jobs side by side")
-    return Result("broken", last, "this is a defect; the traceback is in the run's log.txt")
-
-
-def _figures(figures: Mapping[str, Any]) -> Figures:
-    """Headline figures as plain JSON values; numpy's and torch's scalars become Python's."""
-    found: Figures = {}
-    for name, value in figures.items():
-        value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, int | float | str):
-            raise ArtifactError(f"figure '{name}' is {type(value).__name__}, not a number or a string")
-        found[name] = plain(value)
-    return found
-
-
-def _as_paths(value: str | list[str]) -> Path | tuple[Path, ...]:
-    return Path(value) if isinstance(value, str) else tuple(Path(item) for item in value)
 
 
 def _redirect() -> None:
@@ -248,13 +178,8 @@ def _redirect() -> None:
 
 
 def _die_with_parent(lifeline: int, parent: int) -> None:
-    """End this process as soon as the parent is gone: its work is on disk, and nobody is left to tell."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it went before the line above
-        os._exit(1)
+    """`die_with`, and a second line that needs no kernel: the end of the pipe from the parent."""
+    die_with(parent)
 
     def wait() -> None:
         while os.read(lifeline, 1):

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 
-from foundation.errors import ModelError
-from foundation.model import context_tokens, create, load
+from foundation.errors import MissingError, ModelError
+from foundation.model import context_tokens, create, load, save
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +98,57 @@ def test_odd_configs(folder: Path) -> None:
         load(folder)
     with pytest.raises(ModelError, match="can not be made of this shape"):
         create({"model_type": "no-such-model"}, 0)
+
+
+def test_precisions(folder: Path, tmp_path: Path) -> None:
+    exact = load(folder).state_dict()
+    half = load(folder, precision="bf16").state_dict()
+    assert all(torch.equal(half[name], exact[name].bfloat16()) for name in exact)
+    save(load(folder, precision="bf16"), folder, tmp_path / "half")
+    assert {w.dtype for w in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert load(tmp_path / "half", precision="stored").dtype == torch.bfloat16
+    assert load(folder, precision="stored").dtype == torch.float32
+    again = load(tmp_path / "half")
+    assert again.dtype == torch.float32 and not again.training
+
+
+def test_four_bits_are_those_of_nf4(tmp_path: Path) -> None:
+    """Against nf4 by hand: blocks of 64 numbers, each scaled by its largest, to the nearest of 16 levels."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    levels = torch.tensor([
+        -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+        0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+    ])  # fmt: skip
+    folder = tiny_model(tmp_path, hidden_size=64, head_dim=16)
+    model = load(folder, precision="nf4")
+    weights = load_file(folder / "model.safetensors")
+    linear = [(n, m) for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+    assert len(linear) == 3 * 7
+    for name, module in linear:
+        blocks = weights[f"{name}.weight"].bfloat16().float().reshape(-1, 64)
+        scale = blocks.abs().amax(1, keepdim=True)
+        nearest = (blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
+        expected = (levels[nearest] * scale).reshape(module.out_features, module.in_features)
+        got = dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        # The scales are quantised to 8 bits in turn, and the answer is in bf16.
+        torch.testing.assert_close(got, expected, atol=0.02 * float(scale.max()), rtol=0.02)
+    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_four_bits_without_bitsandbytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingError, match="precision = 'nf4' needs bitsandbytes"):
+        load(folder, precision="nf4")
+
+
+def test_four_bits_of_widths_that_come_back_wrong_are_refused(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"q_proj is 32 wide; nf4 on a CPU takes multiples of 64"):
+        load(folder, precision="nf4")
+
+
+def test_four_bits_are_checked_like_all_others(folder: Path) -> None:
+    change_config(folder, num_hidden_layers=5)
+    with pytest.raises(ModelError, match=r"missing \(first: model\.layers\.3"):
+        load(folder, precision="nf4")

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TEXTS, chats, tiny_tokenizer
 
 from foundation.chat import IGNORED
 from foundation.errors import InputError
-from foundation.rows import Endless, chat_rows, collate, pack
+from foundation.losses import next_token_nll
+from foundation.model import create
+from foundation.rows import Endless, JoinedRows, chat_rows, collate, first_fit, pack
 from foundation.tokenizer import Tokenizer
 
 
@@ -82,3 +85,83 @@ def test_collate_pads_at_the_right_and_masks_it(tokenizer: Tokenizer) -> None:
     assert batch["labels"].tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["x"][1].tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    capacity=st.integers(30, 90),
+)
+def test_first_fit_loses_nothing_and_overfills_nothing(lengths: list[int], capacity: int) -> None:
+    groups = first_fit(lengths, capacity)
+    assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
+    filled = [sum(lengths[place] for place in group) for group in groups]
+    assert max(filled) <= capacity
+    assert sum(total <= capacity / 2 for total in filled) <= 1  # else two would have shared
+    for number, group in enumerate(groups):  # first: when a row opened this group, none before had room for it
+        opener = group[0]
+        for before in range(number):
+            there = sum(lengths[place] for place in groups[before] if place < opener)
+            assert there + lengths[opener] > capacity
+
+
+def test_joined_rows_hold_every_conversation_whole(tokenizer: Tokenizer) -> None:
+    rows, _ = chat_rows([c["messages"] for c in chats(30)], tokenizer, 128)
+    for number, row in enumerate(rows):
+        row["mark"] = np.full((len(row["input_ids"]), 2), number)
+    joined = JoinedRows(rows, 128, seed=4)
+    assert len(joined) < 15
+    seen = []
+    for place in range(len(joined)):
+        row = joined[place]
+        assert len(row["input_ids"]) <= 128
+        starts = np.flatnonzero(row["position_ids"] == 0)
+        assert (row["labels"][starts] == IGNORED).all()
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            number = int(row["mark"][start, 0])
+            seen.append(number)
+            assert row["position_ids"][start:end].tolist() == list(range(end - start))
+            for name in ("input_ids", "mark"):
+                assert (row[name][start:end] == rows[number][name]).all()
+            assert (row["labels"][start + 1 : end] == rows[number]["labels"][1:]).all()
+    assert sorted(seen) == list(range(30))
+    again = JoinedRows(rows, 128, seed=4)
+    assert all((again[n]["input_ids"] == joined[n]["input_ids"]).all() for n in range(len(joined)))
+    other = JoinedRows(rows, 128, seed=5)
+    assert any(
+        list(other[n]["input_ids"]) != list(joined[n]["input_ids"])
+        for n in range(min(map(len, (joined, other))))
+    )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", [{"model_type": "llama"}, {"model_type": "mistral", "sliding_window": 16}])
+def test_joined_rows_give_the_gradient_of_separate_ones(
+    tokenizer: Tokenizer, attention: str, kind: dict[str, object]
+) -> None:
+    """In float64: a token that saw another conversation, or the wrong position, would show at once."""
+    model = create(
+        {
+            **kind, "vocab_size": 400, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+        },
+        0,
+    ).double()  # fmt: skip
+    model.set_attn_implementation(attention)
+    rows, _ = chat_rows([c["messages"] for c in chats(12)], tokenizer, 128)
+    for row in rows:  # every token but the first is counted
+        row["labels"] = row["input_ids"].copy()
+
+    tolerance = 1e-6 if attention == "eager" else 1e-10  # eager attention has its softmax in float32
+
+    def gradient(batches: list[list[dict[str, np.ndarray]]]) -> torch.Tensor:
+        model.zero_grad()
+        for batch in batches:
+            next_token_nll(model, collate(batch, pad_id=0)).backward()
+        return torch.cat([value.grad.flatten() for value in model.parameters()])
+
+    joined = list(JoinedRows(rows, 100, seed=0))
+    assert len(joined) < 8 and len({len(row["input_ids"]) for row in joined}) > 1
+    expected = gradient([[row] for row in rows])
+    for batches in ([[row] for row in joined], [joined]):
+        torch.testing.assert_close(gradient(batches), expected, atol=tolerance, rtol=tolerance)
