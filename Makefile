@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+DATA   := $(or $(SAMOVAR_DATA),../shared/data)
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: quickstart test lint install bench-full clean
@@ -40,3 +41,13 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/quickstart_seeds.py --seeds 17 18 19
 	$(BIN)/python benchmarks/kill_trials.py --trials 10 --result benchmarks/results/kill_trials.json
 	$(BIN)/python benchmarks/stories260k.py
+	$(BIN)/python benchmarks/kill_capture.py --trials 30 --result benchmarks/results/kill_capture.json
+	$(BIN)/python benchmarks/kill_training.py --trials 30 --result benchmarks/results/kill_training.json
+	$(BIN)/python benchmarks/teacher152k.py
+	$(BIN)/python benchmarks/store_sizes.py
+	$(BIN)/python benchmarks/sampled_entries.py
+	$(BIN)/python benchmarks/sampled_kl.py --result benchmarks/results/sampled_kl.json
+	$(BIN)/python benchmarks/loss_memory.py --result benchmarks/results/loss_memory.json
+	$(BIN)/python benchmarks/capture_speed.py --result benchmarks/results/capture_speed.json
+	$(BIN)/python benchmarks/kd_grid.py
+	$(BIN)/python benchmarks/synthesis.py --catalogue $(DATA)/instructions/exercises/exercises.json --work runs/synthesis

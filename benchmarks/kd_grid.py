@@ -85,7 +85,7 @@ def grid(data: str) -> list[Cell]:
 
 
 def write_stories(folder: Path, source: Path) -> None:
-    """Requests and their stories as conversations, 300 of them held out, in a seeded order."""
+    """Requests and their stories as conversations, 150 of them held out, in a seeded order."""
     records = [
         json.loads(line)
         for path in sorted(source.glob("*.jsonl"))
@@ -94,10 +94,10 @@ def write_stories(folder: Path, source: Path) -> None:
     records = [record for record in records if len(record["story"]) < 900]
     Random(17).shuffle(records)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (("held", records[:300]), ("chat", records[300:])):
+    for name, part in (("held", records[:150]), ("chat", records[150:])):
         lines = (json.dumps({"messages": messages(record)}, ensure_ascii=False) for record in part)
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    lines = (json.dumps({"text": record["story"]}, ensure_ascii=False) for record in records[300:])
+    lines = (json.dumps({"text": record["story"]}, ensure_ascii=False) for record in records[150:])
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -122,7 +122,7 @@ def train(cell: Cell, base: Path, out: Path) -> dict[str, Any]:
 
     chats = [base / "world" / f"chat_{n}.jsonl" for n in ("english", "russian")]
     if cell.data == "stories":
-        chats = [base.parent / "stories" / "chat.jsonl"]
+        chats = [base.parent / "texts" / "chat.jsonl"]
     settings: dict[str, Any] = {
         **TRAINING[cell.data],
         "seed": cell.seed,
@@ -163,7 +163,7 @@ def nearness(model: Path, base: Path, out: Path) -> dict[str, float]:
     from foundation.rows import chat_rows, collate
     from foundation.tokenizer import Tokenizer
 
-    held = base.parent / "stories" / "held.jsonl"
+    held = base.parent / "texts" / "held.jsonl"
     tokenizer = Tokenizer(model)
     rows = chat_rows(conversations([held]), tokenizer, 384)[0]
     student, teacher = load(model), load(base / "teacher" / "model")
@@ -286,8 +286,8 @@ def main() -> int:
     cells = [cell for name in names for cell in grid(name)]
     cells.sort(key=lambda cell: (cell.alpha != MAIN_ALPHA or cell.loss in OTHER_LOSSES, cell.seed))
     if not options.tables:
-        if "stories" in names and not (work / "stories" / "text.jsonl").exists():
-            write_stories(work / "stories", source)
+        if "stories" in names and not (work / "texts" / "text.jsonl").exists():
+            write_stories(work / "texts", source)
         for name in names:
             prepare(name, work)
         run_missing(cells, work, options.jobs)

@@ -3,6 +3,7 @@
     NAME.partial/     being made: files, .work/ (scratch for resuming), .fingerprint (what it will be; kind)
     NAME/             finished: files, settings.json, manifest.json
     NAME.replaced/    a finished one on its way out, for the moment of its replacement
+    NAME.fresh/       a NAME.partial being begun, with what it keeps of the one before it
 
 An artifact is known by its content. Its *digest* is that of its sorted (path, sha256); manifest.json and
 settings.json stay out of it, for they hold times and memory. Its *fingerprint* says what it was made
@@ -25,7 +26,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -214,23 +215,43 @@ def settle(folder: Path) -> None:
             _remove(old)
 
 
-def begin(folder: Path, fingerprint: str, kind: str = "") -> Path:
+def begin(folder: Path, fingerprint: str, kind: str = "", keeps: Mapping[str, str] | None = None) -> Path:
     """The NAME.partial to work in: the one with this fingerprint as it stands, or a fresh one of `kind`.
 
+    `keeps` names what is not thrown away with work of another fingerprint, because its worth does not depend
+    on the settings (a teacher's paid answers): path in a NAME.partial of that kind -> path in a finished NAME.
     Raises ArtifactError rather than ever replacing a folder, or a file in it, that Samovar did not write.
     """
     _refuse_foreign(folder)
-    partial = partial_of(folder)
+    partial, fresh = partial_of(folder), folder.with_name(folder.name + ".fresh")
     with writing(partial):
+        if (fresh / MARK).is_file() and not _is_there(partial):  # a kill came between the last two lines below
+            fresh.rename(partial)
         if partial_fingerprint(folder) == fingerprint:
             return partial
+        if _is_there(fresh):
+            _remove(fresh)
+        fresh.mkdir(parents=True)
+        for path, source in _kept(folder, kind, keeps or {}):
+            (fresh / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, fresh / path)
+        (fresh / MARK).write_text(f"{fingerprint} {kind}".strip() + "\n")
+        sync_folder(fresh)
         if _is_there(partial):
             _remove(partial)
-        partial.mkdir(parents=True)
-        (partial / MARK).write_text(f"{fingerprint} {kind}".strip() + "\n")
-        sync_folder(partial)
+        fresh.rename(partial)
         sync_folder(partial.parent)
     return partial
+
+
+def _kept(folder: Path, kind: str, keeps: Mapping[str, str]) -> Iterator[tuple[str, Path]]:
+    """(path in a new partial, the file to copy there), from unfinished work of `kind` or else from finished."""
+    partial, manifest = partial_of(folder), load(folder)
+    for path, finished in keeps.items():
+        if kind in _mark(partial)[1:] and (partial / path).is_file():
+            yield path, partial / path
+        elif manifest and manifest.identity.kind == kind and (folder / finished).is_file():
+            yield path, folder / finished
 
 
 def foreign(folder: Path) -> str:

@@ -19,6 +19,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -330,15 +331,30 @@ class LlamaContext:
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
+        sampling: Sequence[Sampling] | None = None,
         on_done: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
-        """Greedy continuations of all `prompts`, in their order, without the end token.
+        """Continuations of all `prompts`, in their order, without the end token; greedy without `sampling`.
 
-        As many run side by side as there are slots; a free slot takes the next prompt. `on_done(done,
-        total)` is called at each finished one. Raises InputError when a prompt and its answer do not fit.
+        As many run side by side as there are slots; a free slot takes the next prompt. `sampling` holds one
+        entry for each prompt; its draws are the prompt's own, whoever runs beside it. `on_done(done, total)`
+        is called at each finished one. Raises InputError when a prompt and its answer do not fit.
         """
         for prompt in prompts:
             self._check_prompt(prompt, max_new_tokens)
+        if sampling is not None and len(sampling) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts and {len(sampling)} samplings")
+        with ExitStack() as stack:
+            samplers = [stack.enter_context(_Sampler(one)) for one in sampling or ()]
+            return self._side_by_side(prompts, max_new_tokens, samplers, on_done)
+
+    def _side_by_side(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        samplers: Sequence[_Sampler],
+        on_done: Callable[[int, int], None] | None,
+    ) -> list[list[int]]:
         waiting = deque(enumerate(prompts))
         running: dict[int, _Running] = {}  # slot -> the sequence in it
         answers: list[list[int]] = [[] for _ in prompts]
@@ -347,7 +363,9 @@ class LlamaContext:
             for slot in range(self.slots):  # the lowest free slot first
                 if waiting and slot not in running:
                     index, prompt = waiting.popleft()
-                    running[slot] = _Running(index, len(prompt), self._greedy(self._prefill(prompt, slot)))
+                    sampler = samplers[index] if samplers else None
+                    token = self._pick(self._prefill(prompt, slot), sampler)
+                    running[slot] = _Running(index, len(prompt), token, sampler)
             for slot, it in list(running.items()):
                 answer = answers[it.index]
                 ended = it.token in self.model.eog or len(answer) == max_new_tokens
@@ -425,7 +443,7 @@ class LlamaContext:
             places[slot] = self._batch.add([token], position, slot=slot, outputs=1)
         self._decode()
         for slot, it in running.items():
-            it.token = self._greedy(places[slot])
+            it.token = self._pick(places[slot], it.sampler)
             it.position += 1
 
     def _forget(self, slot: int) -> None:
@@ -443,17 +461,18 @@ class LlamaContext:
         pointer = library().llama_get_logits_ith(self._context, index)
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,))
 
-    def _greedy(self, index: int) -> int:
-        return int(self._row(index).argmax())
+    def _pick(self, index: int, sampler: _Sampler | None) -> int:
+        return sampler.sample(self._context, index) if sampler else int(self._row(index).argmax())
 
 
 @dataclass
 class _Running:
-    """A sequence in a slot: which prompt it answers, its length so far, and its next token."""
+    """A sequence in a slot: which prompt it answers, its length so far, its next token, and how it draws."""
 
     index: int
     position: int
     token: int
+    sampler: _Sampler | None = None
 
 
 class _Batch:

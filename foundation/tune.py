@@ -135,7 +135,7 @@ def tune(
 def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
     import torch
 
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_rows,
@@ -162,6 +162,11 @@ def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
         report_to=[],
         disable_tqdm=True,
     )
+    if arguments.device.type == "cpu":
+        # With several ranks it is "cpu:0", to which torch loads no optimiser state; later Trainers know that,
+        # 5.17 does not.
+        arguments._setup_devices = torch.device("cpu")
+    return arguments
 
 
 def _trainer(transformers: Any, loss: Loss, watcher: Any) -> Any:

@@ -100,6 +100,7 @@ def run_alone(
         digests={role: _arity(kind, role, found) for role, found in digests.items()},
         writes=kind.writes,
         handed=kind.handed,
+        keeps=kind.keeps,
         folder=str(folder),
         uncounted=counted(settings)[1],
         hashed=cache.hashed,

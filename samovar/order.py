@@ -32,6 +32,7 @@ class Order:
     digests: Mapping[str, str | list[str]]
     writes: Mapping[str, str]
     handed: Mapping[str, str]
+    keeps: Mapping[str, str]
     folder: str
     uncounted: Mapping[str, Any]  # settings that are not part of the identity: they alter no byte
     hashed: Mapping[str, Stamps]  # local input -> its files' stamps when its digest was taken

@@ -334,6 +334,7 @@ def make_order(step: Step, planner: Planner, kind: Kind) -> Order:
         digests=step.identity.inputs,
         writes=kind.writes,
         handed=kind.handed,
+        keeps=kind.keeps,
         folder=str(planner.folder / step.stage.name),
         uncounted=counted(step.stage.settings)[1],
         hashed={path: planner.cache.hashed[path] for path in planner.local(step.stage)},

@@ -26,6 +26,7 @@ class Kind:
     """One kind of stage. `writes`: role -> path under the stage's folder; the first role is the one meant
     where a recipe names the stage alone. `handed`: argument -> "module:function" of another room, for a
     stage that needs another's act. `distributed`: it can run as several processes, and has the setting for it.
+    `keeps`: what a change of settings does not throw away, see foundation.artifact.begin.
     """
 
     about: str
@@ -36,6 +37,7 @@ class Kind:
     handed: Mapping[str, str] = field(default_factory=dict)
     version: int = 1
     distributed: bool = False
+    keeps: Mapping[str, str] = field(default_factory=dict)
 
     def settings_class(self) -> type[StageSettings]:
         return resolve(self.settings)
@@ -174,6 +176,7 @@ KINDS: Mapping[str, Kind] = {
             "held": "held.jsonl",
             "answers": "answers.jsonl",
         },
+        keeps={".work/answers.jsonl": "answers.jsonl"},
     ),
     "prune.iterate": _kind(
         "prune.iterate",

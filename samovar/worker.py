@@ -96,7 +96,7 @@ def execute(order: Order, report: Report, lock: int | None = None) -> Manifest:
     its partial folder then stays for the next try.
     """
     folder, identity = Path(order.folder), order.identity
-    out = artifact.begin(folder, identity.fingerprint, order.kind)
+    out = artifact.begin(folder, identity.fingerprint, order.kind, order.keeps)
     if not artifact.is_recorded(folder):
         start = time.perf_counter()
         figures = launch(order, out, report, lock) if order.processes > 1 else call(order, out, report)

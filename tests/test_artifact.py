@@ -323,3 +323,30 @@ def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "disk"] and not (tmp_path / "a").is_symlink()
     assert artifact.verify(tmp_path / "a") == []
     assert tree(tmp_path / "disk") == before
+
+
+KEEPS = {".work/answers": "answers"}
+
+
+def test_what_a_kind_keeps_survives_a_change_of_settings(tmp_path: Path) -> None:
+    """Paid answers: from unfinished work, from finished work, and through a kill between the two renames."""
+    folder = tmp_path / "a"
+    partial = artifact.begin(folder, "one", "kind.x", KEEPS)
+    (partial / ".work").mkdir()
+    (partial / ".work" / "answers").write_text("paid")
+    (partial / "other").write_text("of the old settings")
+    again = artifact.begin(folder, "two", "kind.x", KEEPS)
+    assert (again / ".work" / "answers").read_text() == "paid" and not (again / "other").exists()
+    again.rename(tmp_path / "a.fresh")  # the kill
+    assert (artifact.begin(folder, "three", "kind.x", KEEPS) / ".work" / "answers").read_text() == "paid"
+    assert not (artifact.begin(folder, "four", "kind.y", KEEPS) / ".work").exists()
+
+
+def test_what_a_kind_keeps_is_taken_from_a_finished_artifact(tmp_path: Path) -> None:
+    folder, first = tmp_path / "a", Identity("kind.x", 1, {"seed": 1}, 1, {})
+    partial = artifact.begin(folder, first.fingerprint, "kind.x", KEEPS)
+    (partial / "answers").write_text("paid")
+    artifact.record(folder, first, {}, 1.0, 1)
+    artifact.publish(folder)
+    assert (artifact.begin(folder, "two", "kind.x", KEEPS) / ".work" / "answers").read_text() == "paid"
+    assert (folder / "answers").read_text() == "paid"

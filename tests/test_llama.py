@@ -76,6 +76,19 @@ def test_answers_do_not_depend_on_company(path: Path, prompts: list) -> None:
     assert together == alone == backwards[::-1]
 
 
+def test_each_sampled_answer_is_what_it_would_be_alone(path: Path, prompts: list[list[int]]) -> None:
+    samplings = [Sampling(1.5 if n % 3 else 0.0, 0.95, n) for n in range(len(prompts))]
+    with LlamaModel(path) as model, model.context(80, slots=4) as context:
+        together = context.generate_many(prompts, NEW_TOKENS, sampling=samplings)
+        for prompt, sampling, ids in zip(prompts, samplings, together, strict=True):
+            assert context.generate_many([prompt], NEW_TOKENS, sampling=[sampling]) == [ids]
+        greedy = context.generate_many(prompts, NEW_TOKENS)
+        assert [ids for n, ids in enumerate(together) if n % 3 == 0] == greedy[::3]
+        assert sum(a != b for a, b in zip(together, greedy, strict=True)) > 4
+        with pytest.raises(InputError, match="10 prompts and 1 samplings"):
+            context.generate_many(prompts, NEW_TOKENS, sampling=samplings[:1])
+
+
 def test_a_long_prompt_in_chunks_gives_the_same_logits(path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 640, 200).tolist()
     with LlamaModel(path) as model:

@@ -478,6 +478,7 @@ def real(tmp_path: Path, teacher: Path, out: str, settings: Settings) -> dict[st
     }
 
 
+@pytest.mark.slow
 def test_a_transformers_teacher_goes_on_with_the_same_bytes(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     whole = real(tmp_path, model, "whole", REAL)

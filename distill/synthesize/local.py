@@ -121,7 +121,7 @@ def _drawn(logits: torch.Tensor, top_p: float, draws: torch.Generator) -> torch.
 
 
 class GgufTeacher:
-    """A Teacher. Greedy answers run side by side (continuous batching); sampled ones follow one another."""
+    """A Teacher. Answers run side by side (continuous batching), each as if it were alone."""
 
     independent = True
 
@@ -141,35 +141,25 @@ class GgufTeacher:
         self._model.close()
 
     def answers(self, asks: Sequence[Ask], stop: Callable[[], bool]) -> Iterator[tuple[int, Reply]]:
+        from foundation.llama import Sampling
+
         prompts = [self._template.encode(list(ask.messages), self._model, prompt=True) for ask in asks]
-        greedy: dict[int, list[int]] = {}  # max_new_tokens -> indices
+        fitting: dict[int, list[int]] = {}  # max_new_tokens -> indices
         for index, (prompt, ask) in enumerate(zip(prompts, asks, strict=True)):
             if fault := _too_long(len(prompt), ask, self._tokens):
                 yield index, Reply("", fault=fault)
-            elif stop():
-                return
-            elif ask.temperature == 0:
-                greedy.setdefault(ask.max_new_tokens, []).append(index)
             else:
-                yield index, self._sampled(prompt, ask)
-        for most, chosen in sorted(greedy.items()):
+                fitting.setdefault(ask.max_new_tokens, []).append(index)
+        for most, chosen in sorted(fitting.items()):
             for start in range(0, len(chosen), self._slots):  # so that answers can be kept as they come
                 if stop():
                     return
                 part = chosen[start : start + self._slots]
-                found = self._context.generate_many([prompts[i] for i in part], most)
+                sampling = [Sampling(asks[i].temperature, asks[i].top_p, asks[i].seed) for i in part]
+                found = self._context.generate_many([prompts[i] for i in part], most, sampling=sampling)
                 for index, ids in zip(part, found, strict=True):
                     text = self._model.detokenize(ids, special=False)
                     yield index, Reply(text, len(prompts[index]), len(ids), len(ids) == most)
-
-    def _sampled(self, prompt: list[int], ask: Ask) -> Reply:
-        """One sampled answer. Its tokens are counted from its text, which may be fewer than were drawn."""
-        from foundation.llama import Sampling
-
-        sampling = Sampling(ask.temperature, ask.top_p, ask.seed)
-        text = "".join(self._context.generate_stream(prompt, ask.max_new_tokens, sampling))
-        count = len(self._model.encode(text))
-        return Reply(text, len(prompt), count, count >= ask.max_new_tokens)
 
 
 def _too_long(prompt_tokens: int, ask: Ask, context: int) -> str:
