@@ -47,7 +47,7 @@ class Settings(StageSettings):
     draws: int = Field(50, ge=1, le=4096, description="draws for a token (support = 'sampled')")
     power: float = Field(1.0, gt=0, le=2, description="draws come from p^power; 1 has the least variance")
     bits: int = Field(6, ge=2, le=12, description="bits of a stored log-probability")
-    temperature: float = Field(1.0, gt=0, le=100, description="the teacher's logits are divided by it")
+    temperature: float = Field(1.0, ge=0.05, le=100, description="the teacher's logits are divided by it")
     batch_tokens: int = Field(8192, ge=1, description="most tokens in one forward pass, padding included")
     shard_rows: int = Field(256, ge=1, description="conversations in one shard: the most a kill can cost")
     max_tokens: int = Field(1024, ge=8, description="longest conversation that is used")
@@ -59,7 +59,8 @@ class Settings(StageSettings):
         ge=1,
         le=64,
         description="processes under torchrun, each with its own GPU",
-        json_schema_extra={"fingerprint": False},  # any number of them writes the same bytes
+        # The shards are the same, but for last bits of logits that depend on the threads of a process.
+        json_schema_extra={"fingerprint": False},
     )
 
     @model_validator(mode="after")
@@ -134,7 +135,10 @@ def fitting_rows(
         )
         said = "; ".join(islice(named, NAMED)) + (f"; and {too_long - NAMED} more" if too_long > NAMED else "")
         if not fitting:
-            raise InputError(f"no conversation fits {longest} tokens: {said}", hint="raise max_tokens")
+            raise InputError(
+                f"no conversation fits {longest} tokens: {said}",
+                hint="raise max_tokens, up to the context that the teacher was made for",
+            )
         report.note(f"{too_long} of {len(rows)} conversations exceed {longest} tokens and are left out: {said}")
     return fitting, too_long
 

@@ -13,6 +13,7 @@ the second: a bf16 model stays one.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ from foundation.model import context_tokens, load, read_config, save
 from foundation.ranks import is_main
 from foundation.report import Report
 from foundation.rows import JoinedRows, Row, Rows, chat_rows
+from foundation.settings import StageSettings
 from foundation.stage import Figures, Inputs, many, one
 from foundation.tokenizer import Tokenizer
 from foundation.tune import TuneSettings, tune
@@ -45,7 +47,7 @@ class Settings(TuneSettings):
     ] = Field("ce", description="cross-entropy alone, or with a stored teacher's distributions")  # fmt: skip
     kl_lambda: float = Field(0.2, ge=0, description="weight of KD against cross-entropy (RuAdapt-KD, eq. 1)")
     ce_weight: float = Field(1.0, ge=0, description="weight of cross-entropy beside KD; 0 = KD alone")
-    temperature: float = Field(1.0, gt=0, le=100, description="of teacher and student in KD: the store's")
+    temperature: float = Field(1.0, ge=0.05, le=100, description="of teacher and student in KD: the store's")
     max_tokens: int = Field(1024, ge=8, description="longest conversation that is used")
     packing: bool = Field(
         False, description="join short conversations into rows of max_tokens; none sees another"
@@ -74,6 +76,35 @@ class Settings(TuneSettings):
                 "packing: unsloth's attention does not see where a conversation ends; backend = 'peft'"
             )
         return self
+
+
+def disagreements(
+    settings: Settings, reads: Mapping[str, Sequence[tuple[str, StageSettings] | None]]
+) -> list[str]:
+    """What can not go together in a recipe: the loss, and the capture that it reads."""
+    kind = LOSSES[settings.loss]
+    problems = []
+    if bool(kind.reads) != ("teacher" in reads):
+        problems.append(_teacher_trouble(settings.loss))
+    for source in reads.get("teacher", ()):
+        if source is None or source[0] != "distill.capture":
+            continue
+        captured = source[1].model_dump()
+        if kind.reads and kind.support != captured["support"]:
+            problems.append(
+                f"loss = {settings.loss!r} reads a capture with support = {kind.support!r}, "
+                f"not {captured['support']!r}"
+            )
+        if settings.temperature != captured["temperature"]:
+            problems.append(
+                f"temperature = {settings.temperature}, but the teacher's is {captured['temperature']}; "
+                "they must be equal"
+            )
+    return problems
+
+
+def _teacher_trouble(loss: str) -> str:
+    return f"loss = {loss!r} {'needs' if LOSSES[loss].reads else 'does not read'} a teacher's store"
 
 
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
@@ -137,7 +168,7 @@ def _store(settings: Settings, inputs: Inputs, tokenizer: Tokenizer) -> TopKStor
     kind = LOSSES[settings.loss]
     if bool(kind.reads) != ("teacher" in inputs):
         raise InputError(
-            f"loss = {settings.loss!r} {'needs' if kind.reads else 'does not read'} a teacher's store",
+            _teacher_trouble(settings.loss),
             hint="reads = { teacher = ... } goes with every loss but 'ce'",
         )
     if not kind.reads:

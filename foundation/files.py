@@ -77,8 +77,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def disk_trouble(error: OSError, path: Path) -> SamovarError | None:
-    """The refusal that a full disk or a path that can not be used deserves; None for any other OSError."""
+def disk_trouble(error: BaseException, path: Path) -> SamovarError | None:
+    """The refusal that a full disk or a path that can not be used deserves; None for any other error."""
+    if not isinstance(error, OSError):
+        if "no space left" not in str(error).lower():  # libraries in Rust and C say it in their own errors
+            return None
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     place = error.filename or path
     kept = "nothing finished was lost"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

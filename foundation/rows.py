@@ -121,7 +121,8 @@ def chat_rows(
         )
     if not rows:
         raise InputError(
-            f"no conversation fits {max_tokens} tokens ({too_long} are longer)", hint="raise max_tokens"
+            f"no conversation fits {max_tokens} tokens ({too_long} are longer)",
+            hint="raise max_tokens, up to the context that the model was made for",
         )
     return rows, too_long
 

@@ -161,11 +161,13 @@ def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # all that trains is used in every step; looking for it costs time
     )
     if arguments.device.type == "cpu":
         # With several ranks it is "cpu:0", to which torch loads no optimiser state; later Trainers know that,
         # 5.17 does not.
         arguments._setup_devices = torch.device("cpu")
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process drives one GPU; Trainer would take all that it sees
     return arguments
 
 

@@ -56,13 +56,11 @@ def main() -> None:
         sys.exit(130)
     except SamovarError as error:
         _refuse(error.message, error.hint)
-    except OSError as error:
+    except Exception as error:
         from foundation.files import disk_trouble
 
         trouble = disk_trouble(error, Path.cwd())
         _refuse(trouble.message, trouble.hint) if trouble else _own_up(error)
-    except Exception as error:
-        _own_up(error)
     sys.exit(1)
 
 

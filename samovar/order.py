@@ -77,14 +77,10 @@ def result_of(error: BaseException, folder: Path) -> Result:
         return Result("stopped", error.message, error.hint)
     if isinstance(error, SamovarError):
         return Result("failed", error.message, error.hint)
-    if isinstance(error, OSError) and (trouble := disk_trouble(error, folder)):
+    if trouble := disk_trouble(error, folder):
         return Result("failed", trouble.message, trouble.hint)
     traceback.print_exception(error)
     last = "".join(traceback.format_exception_only(error)).strip()
-    if "no space left" in last.lower():  # libraries in C report a full disk in their own words
-        full = disk_trouble(OSError(28, "no space left"), folder)
-        assert full is not None
-        return Result("failed", full.message, full.hint)
     if isinstance(error, MemoryError):
         return Result("failed", f"out of memory: {last}", "use smaller batches, or fewer jobs side by side")
     return Result("broken", last, "this is a defect; the traceback is in the run's log.txt")

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -122,13 +122,16 @@ def kind_page(name: str, kind: Kind) -> RenderableType:
     for key, field in cls.model_fields.items():
         bounds = [f"{sign} {schema[key][word]}" for word, sign in _BOUNDS.items() if word in schema[key]]
         default = "" if field.is_required() else f" = {json.dumps(schema[key]['default'], ensure_ascii=False)}"
-        typed = ", ".join([_type_name(field.annotation), *bounds])
+        typed = ", ".join([_type_name(field), *bounds])
         lines.append(f"  [bold]{key}[/]{escape(default)}  [dim]{escape(typed)}[/]")
         lines.append(f"      {escape(field.description or '')}")
     return "\n".join(lines)
 
 
-def _type_name(annotation: Any) -> str:
+def _type_name(field: Any) -> str:
+    annotation = field.annotation
+    if get_args(annotation) and get_origin(annotation) is tuple:  # of bounded numbers, each spelt at length
+        return f"{len(get_args(annotation))} numbers"
     named = isinstance(annotation, type) and not get_args(annotation)
     return annotation.__name__ if named else str(annotation).replace("typing.", "")
 

@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from foundation.errors import InputError, RecipeError, SamovarError
 from foundation.rundir import RESERVED
 from foundation.settings import StageSettings
-from samovar.stages import KINDS, Kind, is_required, takes_many
+from samovar.stages import KINDS, Kind, is_required, resolve, takes_many
 
 MAX_BYTES = 1 << 20
 MAX_STAGES = 500
@@ -257,8 +257,18 @@ class _Checker:
                 settings = self._settings(where, name, entry, kind, header, short)
                 if settings is not None:
                     stages.append(Stage(name, entry["kind"], reads, settings))
+                    self._agrees(where, kind, stages)
             self.above[name] = kind
         return stages
+
+    def _agrees(self, where: str, kind: Kind, stages: list[Stage]) -> None:
+        """Say what the last of `stages` can not do with what it reads."""
+        if not kind.agrees:
+            return
+        made = {stage.name: (stage.kind, stage.settings) for stage in stages}
+        reads = {role: [made.get(s.name) for s in sources] for role, sources in stages[-1].reads.items()}
+        for problem in resolve(kind.agrees)(stages[-1].settings, reads):
+            self.say(where, problem)
 
     def _stage_name(self, number: int, name: Any) -> str:
         """The name, or a number for one that can not be used."""

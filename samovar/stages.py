@@ -26,7 +26,9 @@ class Kind:
     """One kind of stage. `writes`: role -> path under the stage's folder; the first role is the one meant
     where a recipe names the stage alone. `handed`: argument -> "module:function" of another room, for a
     stage that needs another's act. `distributed`: it can run as several processes, and has the setting for it.
-    `keeps`: what a change of settings does not throw away, see foundation.artifact.begin.
+    `keeps`: what a change of settings does not throw away, see foundation.artifact.begin. `agrees`: a function
+    of the settings and of what is read, role -> [(kind, settings) of the stage, or None for an input], that
+    lists what can not go together, so that a recipe is refused before the hours are spent.
     """
 
     about: str
@@ -38,6 +40,7 @@ class Kind:
     version: int = 1
     distributed: bool = False
     keeps: Mapping[str, str] = field(default_factory=dict)
+    agrees: str = ""
 
     def settings_class(self) -> type[StageSettings]:
         return resolve(self.settings)
@@ -147,6 +150,7 @@ KINDS: Mapping[str, Kind] = {
         "train on dialogues, alone or after a teacher",
         reads={"model": "one", "data": "many", "teacher": "optional"},
         writes={"model": "model", "curves": "curves.jsonl"},
+        agrees="distill.train:disagreements",
         distributed=True,
         version=2,
     ),

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 
 from foundation import files
 from foundation.errors import InputError, RunError
-from foundation.files import DigestCache, sha256_file, tree_digest, visible_files, write_atomic, write_json
+from foundation.files import (
+    DigestCache,
+    disk_trouble,
+    sha256_file,
+    tree_digest,
+    visible_files,
+    write_atomic,
+    write_json,
+)
 
 
 def age(path: Path, seconds: float = 60) -> None:
@@ -172,3 +180,9 @@ def test_blobs_of_the_hub_cache_are_known_by_their_names(tmp_path: Path) -> None
     copy.mkdir()
     (copy / "model.safetensors").write_bytes(content)
     assert DigestCache().content(snapshot) == DigestCache().content(copy)
+
+
+def test_a_full_disk_told_by_a_library_in_its_own_words_is_one() -> None:
+    told = disk_trouble(RuntimeError("I/O error: No space left on device (os error 28)"), Path("/made/up"))
+    assert told is not None and "the disk is full" in told.message and "/made/up" in told.message
+    assert disk_trouble(RuntimeError("another error"), Path("/made/up")) is None

@@ -263,3 +263,47 @@ def test_a_flood_of_faults_is_cut_short(tmp_path: Path) -> None:
     start = time.process_time()
     assert "at most 500 items" in problems(tmp_path, text)[0]
     assert time.process_time() - start < 5
+
+
+DISTIL = """
+name = "tea"
+[inputs]
+large = "large"
+small = "small"
+chats = "chats.jsonl"
+[[stage]]
+name = "topk"
+kind = "distill.capture"
+reads = {{ teacher = "large", data = "chats" }}
+{capture}
+[[stage]]
+name = "student"
+kind = "distill.train"
+reads = {{ model = "small", data = "chats"{teacher} }}
+{train}
+"""
+TEACHER = ', teacher = "topk"'
+
+
+@pytest.mark.parametrize(
+    ("capture", "teacher", "train", "said"),
+    [
+        ("", TEACHER, 'loss = "forward_kl"', ""),
+        ('support = "sampled"\ntemperature = 2', TEACHER, 'loss = "sampled_kl"\ntemperature = 2', ""),
+        ("", TEACHER, "", "loss = 'ce' does not read a teacher's store"),
+        ("", "", 'loss = "published"', "loss = 'published' needs a teacher's store"),
+        ("", TEACHER, 'loss = "sampled_kl"', "reads a capture with support = 'sampled', not 'top_k'"),
+        ("temperature = 2", TEACHER, 'loss = "reverse_kl"', "temperature = 1.0, but the teacher's is 2.0"),
+    ],
+)
+def test_a_loss_and_its_capture_are_compared_before_hours_are_spent(
+    tmp_path: Path, capture: str, teacher: str, train: str, said: str
+) -> None:
+    path = write(tmp_path, DISTIL.format(capture=capture, teacher=teacher, train=train))
+    if not said:
+        assert len(load(path).stages) == 2
+        return
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    assert len(caught.value.problems) == 1 and said in caught.value.problems[0]
+    assert caught.value.problems[0].startswith("tea.toml, stage 'student': ")
