@@ -35,7 +35,7 @@ CONTEXTS, PARAMETERS = 26, 25  # contexts of a gap (bit lengths of an id), and R
 MAX_BITS, MAX_TOP_K, MAX_VOCAB = 12, 2**18, 2**24
 MAX_ENTRIES = 2**28  # of a conversation as it is decoded, 8 bytes each
 TRIED_POSITIONS = 4096  # on which the Rice parameters are chosen
-RECAPTURE = "delete that file and run its capture again: it writes only what is missing"
+RECAPTURE = "delete the folder of the capture and run it again"
 
 
 class Facts(NamedTuple):
@@ -261,6 +261,8 @@ class ShardFile:
 
         self.path = path
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+                raise self.damaged("not a regular file")
             self._bytes: np.ndarray = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:  # ValueError: an empty file can not be mapped
             raise self.damaged(f"can not be read ({error})") from None
@@ -291,19 +293,24 @@ class ShardFile:
     def _check(self, sizes: np.ndarray) -> None:
         """The facts are possible and agree with each other: the decoder relies on it."""
         facts = self.facts
+        entries = 1 if facts.flags & VARIED else facts.top_k  # at least, of a position
+        least = 8 * HALF_BYTES * self._halves + 2 * entries  # bits of a position: a code has 1 at least
         if not (
             1 <= facts.bits <= MAX_BITS
+            and facts.flags <= RANKED | VARIED | SAMPLED
             and _fit(facts.top_k, facts.vocab_tokens)
             and bool(facts.flags & RANKED) == bool(facts.distinct)
             and facts.distinct <= min(facts.vocab_tokens, 8 * facts.table_bytes)
             and math.isfinite(facts.top)
+            and (facts.top == 0 or facts.flags & SAMPLED)
             and facts.rows
             and self._rice.max() < PARAMETERS
             and self.lengths.min() >= 1
             and self.lengths.max() * facts.top_k <= MAX_ENTRIES
             and self.lengths.sum() == facts.positions
             and sizes.sum() == facts.payload_bytes
-            and (sizes > self.lengths * self._halves * HALF_BYTES).all()
+            and (8 * sizes > self.lengths * least).all()
+            and facts.id_bits + facts.level_bits <= 8 * facts.payload_bytes
         ):
             raise self.damaged("its header is not possible")
 
@@ -372,6 +379,8 @@ class ShardFile:
             at = codec.decode_set(words, size, at, parameter, _plain_bits(limit), limit, named[first:last])
             if at < 0:
                 raise self.damaged("its table of ids can not be decoded")
+        if np.bincount(named).max() > 1:
+            raise self.damaged("its table names an id twice")
         return named
 
     @cached_property

@@ -21,9 +21,22 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from distill.shard_file import FORMAT, KEY_BYTES, RECAPTURE, SAMPLED, ShardFile, write_shard
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from distill.shard_file import (
+    FORMAT,
+    KEY_BYTES,
+    MAX_BITS,
+    MAX_ENTRIES,
+    MAX_TOP_K,
+    MAX_VOCAB,
+    RECAPTURE,
+    SAMPLED,
+    ShardFile,
+    write_shard,
+)
 from foundation.chat import IGNORED
 from foundation.errors import ArtifactError, ModelError
 from foundation.files import sha256_file, write_json
@@ -41,39 +54,46 @@ __all__ = [
 HEADER = "header.json"
 FORMER_HEADER = "meta.json"  # of format 1
 RECAPTURED = "capture from the same data, with the same chat template and max_tokens"
-RESEAL = f"delete {HEADER} and run the capture again: it keeps the shards that are whole"
+MAX_HEADER_BYTES = 2**26  # some 300,000 shards
+
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class Shard:
     """Facts of one shard, as the header holds them."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
-    size_bytes: int
-    sha256: str
-    rows: int
-    positions: int
+    size_bytes: Count
+    sha256: Digest
+    rows: Count
+    positions: Count
 
 
 @dataclass(frozen=True)
 class Header:
     """What a store is of. Two stores with equal headers hold equal bytes."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     support: Literal["top_k", "sampled"]  # "top_k", or "sampled": entries are draws and carry weights
-    top_k: int  # the most entries that a position has
-    mass: float  # the fewest entries that reach it are kept, at most top_k; 1.0 = always top_k
-    draws: int  # of a sampled store, a position; 0 elsewhere
-    bits: int  # of a quantised log-probability
-    temperature: float
-    vocab_tokens: int  # V of the distributions
-    teacher: str  # digest of the teacher's folder
-    tokenizer: str  # Tokenizer.digest
-    tokenizer_tokens: int
-    template: str  # template_digest
-    data: str  # data_digest
-    rows: int
-    positions: int
-    shards: tuple[Shard, ...]
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)]  # the most entries that a position has
+    mass: Annotated[float, Field(gt=0, le=1)]  # the fewest entries that reach it are kept; 1.0: always top_k
+    draws: Annotated[int, Field(ge=0, lt=2**63)]  # of a sampled store, a position; 0 elsewhere
+    bits: Annotated[int, Field(ge=1, le=MAX_BITS)]  # of a quantised log-probability
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    vocab_tokens: Annotated[int, Field(ge=1, le=MAX_VOCAB)]  # V of the distributions
+    teacher: Digest  # digest of the teacher's folder
+    tokenizer: Digest  # Tokenizer.digest
+    tokenizer_tokens: Count
+    template: Digest  # template_digest
+    data: Digest  # data_digest
+    rows: Count
+    positions: Count
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
     format: int = FORMAT
 
 
@@ -109,43 +129,56 @@ def shard_facts(path: Path) -> Shard:
 
 def seal(folder: Path, header: Header) -> None:
     """Write header.json: from now on the store is complete."""
-    write_json(folder / HEADER, dataclasses.asdict(header))
+    fields = dataclasses.asdict(header)
+    write_json(folder / HEADER, {**fields, "digest": header_digest(fields)})
+
+
+def header_digest(fields: dict[str, Any]) -> str:
+    """sha256 of the header's fields as compact JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_header(folder: Path) -> Header:
-    """The header of a finished store. Raises ArtifactError when there is none, or it is of another format."""
-    from pydantic import TypeAdapter, ValidationError
-
+    """The header of a finished store. Raises ArtifactError when there is none, or it was altered."""
     path = folder / HEADER
     if not path.is_file() and (folder / FORMER_HEADER).is_file():
         path = folder / FORMER_HEADER
     try:
-        text = path.read_bytes()
-        found = json.loads(text)
+        if not path.is_file() or path.stat().st_size > MAX_HEADER_BYTES:  # a pipe would be waited for
+            raise ValueError(path)
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
+        inner = folder / "store"
         raise ArtifactError(
             f"{folder}: not a finished top-K store (no readable {HEADER})",
-            hint="run its distill.capture stage to the end",
-        ) from None
+            hint=f"name the store in it, {inner}" if (inner / HEADER).is_file()
+            else "run its distill.capture stage to the end",
+        ) from None  # fmt: skip
     version = found.get("format") if isinstance(found, dict) else None
     if version != FORMAT or path.name != HEADER:
         raise ArtifactError(
-            f"{folder}: store format {version}; this version reads {FORMAT}",
+            f"{folder}: store format {repr(version)[:40]}; this version reads {FORMAT}",
             hint="capture it again, or read it with the version of Samovar that wrote it",
         )
-    try:
-        header = TypeAdapter(Header).validate_json(text, strict=True)
+    stated = found.pop("digest", None)
+    if stated != header_digest(found):
+        raise ArtifactError(f"{path} was altered: its digest is not that of its fields", hint=RECAPTURE)
+    try:  # what the digest is of, and not the text, which may have a key twice
+        header = TypeAdapter(Header).validate_json(json.dumps(found), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path}: damaged: {where}: {first['msg']}", hint=RESEAL) from None
+        where = ascii(".".join(map(str, first["loc"])))[1:-1]
+        raise ArtifactError(f"{path}: damaged: {where[:80]}: {first['msg']}", hint=RECAPTURE) from None
+    if header.top_k > header.vocab_tokens:
+        said = f"top_k = {header.top_k} of {header.vocab_tokens} ids"
+        raise ArtifactError(f"{path}: damaged: {said}", hint=RECAPTURE)
     shards = header.shards
     if not (
         [shard.name for shard in shards] == [shard_path(folder, n).name for n in range(len(shards))]
         and header.rows == sum(shard.rows for shard in shards)
         and header.positions == sum(shard.positions for shard in shards)
     ):
-        raise ArtifactError(f"{path}: damaged: its list of shards is not possible", hint=RESEAL)
+        raise ArtifactError(f"{path}: damaged: its list of shards is not possible", hint=RECAPTURE)
     return header
 
 
@@ -157,7 +190,7 @@ class TopKStore:
         self._shards = [_opened(folder, self.header, shard) for shard in self.header.shards]
         keys = [key for shard in self._shards for key in shard.keys]
         if data_digest(keys) != self.header.data:
-            raise ArtifactError(f"{folder}: its shards are not those of its {HEADER}", hint=RESEAL)
+            raise ArtifactError(f"{folder}: its shards are not those of its {HEADER}", hint=RECAPTURE)
         self._where = {
             key: (number, place)
             for number, shard in enumerate(self._shards)
@@ -231,7 +264,8 @@ def _opened(folder: Path, header: Header, facts: Shard) -> ShardFile:
     if (shard.size_bytes, seen.rows, seen.positions) != (facts.size_bytes, facts.rows, facts.positions):
         raise shard.damaged(f"its sizes are not those in {HEADER}")
     same = (seen.vocab_tokens, seen.bits, support) == (header.vocab_tokens, header.bits, header.support)
-    if not same or seen.top_k > header.top_k:
+    fits = seen.top_k <= header.top_k and shard.lengths.max() * header.top_k <= MAX_ENTRIES
+    if not same or not fits:
         raise shard.damaged(f"of another kind than {HEADER} says")
     return shard
 

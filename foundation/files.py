@@ -112,7 +112,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of the file's bytes, in hex."""
+    """sha256 of the file's bytes, in hex. Raises InputError for a pipe or a device: those may have no end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file that can be read to its end", hint="replace it by a plain file")
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from foundation import artifact
-from foundation.artifact import Identity, Manifest
-from foundation.errors import RecipeError, RunError, RunLocked
+from foundation.artifact import Manifest
+from foundation.errors import ArtifactError, RecipeError, RunError, RunLocked
 from foundation.files import DigestCache, writing
 from foundation.rundir import RunDirectory, acquire
 from samovar.inputs import find_input
@@ -68,8 +68,8 @@ def run_alone(
     """Run the kind `name` on `roles` (role -> paths, patterns or hub ids) and leave its artifact in `out`.
 
     An artifact of the same fingerprint that is there already is taken as it is. Raises RecipeError with
-    every fault of roles and settings, RunLocked when another process works on `out`, RunError when `out`
-    is no place for it.
+    every fault of roles and settings, ArtifactError when files of a finished artifact in `out` are gone or
+    altered, RunLocked when another process works on `out`, RunError when `out` is no place for it.
     """
     folder = Path(os.path.abspath(out))  # noqa: PTH100 - without "..", and without following links
     kind = find_kind(name, kinds)
@@ -142,8 +142,10 @@ def _locked(order: Order, out: Path, screen: Screen) -> Manifest:
             raise RunError(made, hint="name another --out, or move that away")
         artifact.settle(out)
         manifest = artifact.load(out)
-        if manifest and _is(manifest, order.identity):
-            return manifest
+        if manifest:
+            _refuse_altered(out, manifest)
+            if manifest.identity.fingerprint == order.identity.fingerprint:
+                return manifest
         report = ScreenReport(order.stage, screen)
         before = signal.signal(signal.SIGINT, report.interrupt)
         try:
@@ -174,8 +176,14 @@ def _refuse_place(folder: Path, inputs: Sequence[Path]) -> None:
             raise RunError(f"{folder} holds an input of this stage, {path}, and would be replaced", hint=hint)
 
 
-def _is(manifest: Manifest, identity: Identity) -> bool:
-    return manifest.identity.fingerprint == identity.fingerprint
+def _refuse_altered(folder: Path, manifest: Manifest) -> None:
+    """Raise ArtifactError naming what is not there in its size: as in a run, but nothing is hashed again."""
+    stated = {folder / path: sha256 for path, (_, sha256) in manifest.files.items()}
+    if bad := [why for why in artifact.verify(folder, stated.__getitem__) if not why.startswith("extra")]:
+        raise ArtifactError(
+            f"finished stages are not as they were written:\n  {folder.name}: {'; '.join(bad)}",
+            hint="put files back or move foreign ones away, or delete the stage's folder to make it again",
+        )
 
 
 def _arity(kind: Kind, role: str, values: list[str]) -> str | list[str]:

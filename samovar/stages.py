@@ -160,7 +160,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"teacher": "one", "data": "many"},
         writes={"store": "store"},
         distributed=True,
-        version=2,
+        version=3,
     ),
     "distill.synthesize": _kind(
         "distill.synthesize.stage",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from stages_for_tests import KINDS
 
 from foundation import artifact
-from foundation.errors import InputError, RunError
+from foundation.errors import ArtifactError, InputError, RunError
 from foundation.rundir import RunDirectory, acquire
 from samovar.alone import run_alone
 from samovar.screen import NoScreen
@@ -79,6 +80,24 @@ def test_a_place_below_a_file_is_refused() -> None:
     Path("file").touch()
     with pytest.raises(RunError, match="file is a file"):
         alone("test.write", "file/o")
+
+
+def spoil(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+@pytest.mark.parametrize(("spoil", "said"), [(Path.unlink, "missing"), (spoil, "altered")])
+@pytest.mark.parametrize("times", [1, 2])  # reused, or replaced by something else
+def test_a_finished_artifact_that_is_not_as_written_is_refused(
+    spoil: Callable[[Path], object], said: str, times: int
+) -> None:
+    alone("test.write", "o")
+    spoil(Path("o/text.txt"))
+    before = tree(Path("o"))
+    with pytest.raises(ArtifactError, match=rf"not as they were written:\n  o: {said}: text\.txt") as caught:
+        run_alone("test.write", {}, {"times": times}, Path("o"), NoScreen(), KINDS)
+    assert "delete the stage's folder" in caught.value.hint
+    assert tree(Path("o")) == before
 
 
 def test_an_input_edited_meanwhile_seals_no_result() -> None:

@@ -462,7 +462,7 @@ def test_every_flipped_bit_is_noticed(small: Path, tmp_path: Path) -> None:
             torn.write_bytes(flipped)
             with pytest.raises(ArtifactError, match="damaged") as caught:
                 read_all(torn)
-            assert str(torn) in caught.value.message and "delete that file" in caught.value.hint
+            assert str(torn) in caught.value.message and "delete the folder of the capture" in caught.value.hint
 
 
 def test_every_torn_length_is_noticed(small: Path, tmp_path: Path) -> None:
@@ -499,6 +499,50 @@ def test_a_shard_made_to_harm_never_leads_outside(small: Path, tmp_path: Path) -
         except ArtifactError:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"top": 0.5},
+        {"flags": 8},
+        {"id_bits": 2**40},
+        {"top_k": 2**18, "vocab_tokens": 2**24},  # 12 positions of so many do not fit in the file
+    ],
+)
+def test_facts_that_no_shard_has_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    path = tmp_path / "shard"
+    write(path, distributions(3, 12, 12, 4), [6, 6])
+    forged(path, FIXED.pack(*ShardFile(path).facts._replace(**facts)), 0)
+    with pytest.raises(ArtifactError, match="its header is not possible"):
+        ShardFile(path)
+
+
+def test_a_table_that_names_an_id_twice_is_refused(tmp_path: Path) -> None:
+    """Ranks go up in a position, so that only the table can make an id come twice."""
+    path, exact = tmp_path / "shard", distributions(3, 12, 12, 4)
+    exact["topk_ids"] = exact["topk_ids"] * 1000
+    shard = write(path, exact, vocab_tokens=60_000)
+    facts = shard.facts
+    assert facts.flags & RANKED and facts.distinct >= 3
+    named = shard._named.astype(np.int64)
+    named[1:3] = sorted([named[0], named[2]])
+    words, at = np.zeros(64, np.uint64), 0
+    for first, last in shard_file._octaves(facts.distinct):
+        parameter = shard_file._set_parameter(last - first, 60_000)
+        at = codec.encode_set(np.sort(named[first:last]), parameter, 16, at, words)
+    forged(path, words.tobytes()[: facts.table_bytes], shard._table)
+    with pytest.raises(ArtifactError, match="its table names an id twice"):
+        whole(ShardFile(path))
+
+
+def forged(path: Path, data: bytes, at: int) -> None:
+    """Other bytes in the index, and its checksum made right."""
+    shard, content = ShardFile(path), bytearray(path.read_bytes())
+    content[at : at + len(data)] = data
+    index_end = shard._payload - CRC.size
+    content[index_end : index_end + CRC.size] = CRC.pack(zlib.crc32(bytes(content[:index_end])))
+    path.write_bytes(content)
 
 
 def with_checksums(data: bytearray, original: Path) -> bytes:

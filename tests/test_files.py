@@ -186,3 +186,9 @@ def test_a_full_disk_told_by_a_library_in_its_own_words_is_one() -> None:
     told = disk_trouble(RuntimeError("I/O error: No space left on device (os error 28)"), Path("/made/up"))
     assert told is not None and "the disk is full" in told.message and "/made/up" in told.message
     assert disk_trouble(RuntimeError("another error"), Path("/made/up")) is None
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a file that can be read to its end"):
+        sha256_file(tmp_path / "pipe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from distill.store import (
     Header,
     TopKStore,
     data_digest,
+    header_digest,
     row_key,
     seal,
     shard_facts,
@@ -74,7 +76,7 @@ def stored(folder: Path, rows: list[Row], exact: list[Columns], tokenizer: Token
         shards.append(shard_facts(path))
     header = Header(
         support="top_k", top_k=TOP_K, mass=1.0, draws=0, bits=6, temperature=1.0, vocab_tokens=len(tokenizer),
-        teacher="a teacher", tokenizer=tokenizer.digest, tokenizer_tokens=len(tokenizer),
+        teacher="7e" * 32, tokenizer=tokenizer.digest, tokenizer_tokens=len(tokenizer),
         template=template_digest(tokenizer), data=data_digest([row_key(row) for row in rows]), rows=len(rows),
         positions=sum(map(positions, rows)), shards=tuple(shards),
     )  # fmt: skip
@@ -88,9 +90,34 @@ def store(tmp_path: Path, rows: list[Row], exact: list[Columns], tokenizer: Toke
 
 
 def changed(store: Path, **values: object) -> None:
-    """Write other values into the header."""
-    header = json.loads((store / HEADER).read_text())
-    (store / HEADER).write_text(json.dumps({**header, **values}))
+    """Write other values into the header, and the digest that goes with them."""
+    header = {**json.loads((store / HEADER).read_text()), **values}
+    del header["digest"]
+    (store / HEADER).write_text(json.dumps({**header, "digest": header_digest(header)}))
+
+
+def edited(store: Path, before: str, after: str) -> None:
+    """Replace text of the header, as by hand."""
+    text = (store / HEADER).read_text()
+    assert before in text
+    (store / HEADER).write_text(text.replace(before, after))
+
+
+def another_shard(store: Path, **values: object) -> None:
+    """Other facts of the first shard, in the header."""
+    shards = json.loads((store / HEADER).read_text())["shards"]
+    changed(store, shards=[{**shards[0], **values}, *shards[1:]])
+
+
+def piped(path: Path) -> None:
+    """Put a pipe in the place of a file: to open it would wait for a writer for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def endless(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
 
 
 def test_columns_stand_beside_their_labels(
@@ -188,7 +215,32 @@ def test_conversations_that_come_twice_are_stored_and_found(
         (lambda store: changed(store, top_k="6"), "header.json: damaged: top_k"),
         (lambda store: changed(store, support="all"), "header.json: damaged: support"),
         (lambda store: changed(store, rows=11), "its list of shards is not possible"),
-        (lambda store: changed(store, shards=[]), "its list of shards is not possible"),
+        (lambda store: changed(store, shards=[]), "header.json: damaged: shards"),
+        (lambda store: changed(store, more=1), "header.json: damaged: more"),
+        (lambda store: changed(store, **{"a\x1b[31m": 1}), r"header.json: damaged: a\\x1b\[31m"),
+        (lambda store: changed(store, format="\x1b[31m"), r"store format '\\x1b\[31m'"),
+        (lambda store: changed(store, teacher="\x1b[31m"), "header.json: damaged: teacher"),
+        (lambda store: changed(store, temperature=0.0), "header.json: damaged: temperature"),
+        (lambda store: changed(store, temperature=float("inf")), "header.json: damaged: temperature"),
+        (lambda store: changed(store, mass=0.0), "header.json: damaged: mass"),
+        (lambda store: changed(store, mass=1.5), "header.json: damaged: mass"),
+        (lambda store: changed(store, mass=float("nan")), "header.json: damaged: mass"),
+        (lambda store: changed(store, draws=-1), "header.json: damaged: draws"),
+        (lambda store: changed(store, top_k=0), "header.json: damaged: top_k"),
+        (lambda store: changed(store, top_k=10**9), "header.json: damaged: top_k"),
+        (lambda store: changed(store, top_k=10**400), "header.json: damaged: top_k"),
+        (lambda store: changed(store, top_k=1000), "header.json: damaged: top_k = 1000 of 400 ids"),
+        (lambda store: changed(store, tokenizer_tokens=0), "header.json: damaged: tokenizer_tokens"),
+        (lambda store: changed(store, positions=2**63), "header.json: damaged: positions"),
+        (lambda store: another_shard(store, rows=0), "header.json: damaged: shards.0.rows"),
+        (lambda store: another_shard(store, more=0), "header.json: damaged: shards.0.more"),
+        (lambda store: edited(store, '"temperature": 1.0', '"temperature": 2.0'), "header.json was altered"),
+        (lambda store: edited(store, '"digest"', '"former"'), "header.json was altered"),
+        (lambda store: piped(store / HEADER), "not a finished top-K store"),
+        (lambda store: endless(store / HEADER), "not a finished top-K store"),
+        (lambda store: os.truncate(store / HEADER, 2**26 + 1), "not a finished top-K store"),
+        (lambda store: piped(shard_path(store, 1)), "shard-00001.topk: damaged: not a regular file"),
+        (lambda store: endless(shard_path(store, 1)), "shard-00001.topk: damaged: not a regular file"),
         (lambda store: changed(store, data="0" * 64), "its shards are not those of its header.json"),
         (lambda store: changed(store, bits=7), "of another kind"),
         (lambda store: changed(store, top_k=5), "of another kind"),
@@ -215,10 +267,14 @@ def test_a_store_of_the_first_format_is_refused_by_its_version(tmp_path: Path) -
         TopKStore(tmp_path)
 
 
+def test_the_folder_of_a_capture_is_not_its_store(store: Path) -> None:
+    with pytest.raises(ArtifactError, match="not a finished top-K store") as caught:
+        TopKStore(store.parent)
+    assert str(store) in caught.value.hint
+
+
 def test_a_shard_that_names_a_file_outside_is_refused(store: Path) -> None:
-    shards = json.loads((store / HEADER).read_text())["shards"]
-    shards[0]["name"] = "../../etc/passwd"
-    changed(store, shards=shards)
+    another_shard(store, name="../../etc/passwd")
     with pytest.raises(ArtifactError, match="its list of shards is not possible"):
         TopKStore(store)
 
@@ -240,7 +296,7 @@ def test_verify_names_every_damaged_file(store: Path, rows: list[Row]) -> None:
         str(shard_path(store, 0)),
         str(shard_path(store, 2)),
     ]
-    assert "delete that file and run its capture again" in caught.value.hint
+    assert "delete the folder of the capture and run it again" in caught.value.hint
 
 
 def test_damage_in_one_conversation_leaves_the_others_readable(store: Path, rows: list[Row]) -> None:

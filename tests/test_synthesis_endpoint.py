@@ -11,10 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from distill.synthesize import endpoint
+from distill.synthesize.address import address
 from distill.synthesize.asks import Ask, Reply
 from distill.synthesize.endpoint import Endpoint, Where
+from distill.synthesize.stage import Settings
 from foundation.errors import MissingError, RecipeError
 
 KEY = "sk-secret-123"
@@ -35,6 +38,7 @@ class Server(ThreadingHTTPServer):
         self.script: list[Callable[[Handler], None]] = []
         self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
         self.lock = threading.Lock()
+        self.waited_for = False  # the client read what `in_the_end` sends to its end
 
     @property
     def url(self) -> str:
@@ -87,6 +91,25 @@ def drips(handler: Handler) -> None:
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.1)
+
+
+def in_the_end(piece: bytes, first: bytes = b"") -> Callable[[Handler], None]:
+    """An act: `piece` every twentieth of a second for two seconds, and then an answer that comes too late."""
+
+    def act(handler: Handler) -> None:
+        body = json.dumps(completion("late")).encode()
+        try:
+            handler.wfile.write(first)
+            for _ in range(40):
+                handler.wfile.write(piece)
+                time.sleep(0.05)
+            handler.server.waited_for = True
+            start = b"" if first else b"HTTP/1.1 200 OK"
+            handler.wfile.write(start + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        except OSError:
+            pass
+
+    return act
 
 
 GOOD = says(completion("fine"))
@@ -199,10 +222,19 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
         made.answer(ASK)
 
 
-@pytest.mark.parametrize("slow", [drips, lambda handler: time.sleep(2)], ids=["drips", "silent"])
-def test_a_slow_body_has_an_end(server: Server, slow: Callable[[Handler], None]) -> None:
+@pytest.mark.parametrize(
+    "slow",
+    [
+        pytest.param(drips, id="drips"),
+        pytest.param(lambda handler: time.sleep(2), id="silent"),
+        pytest.param(in_the_end(b"a", b"HTTP/1.1 200 OK\r\nX-A: "), id="drips headers"),
+        pytest.param(in_the_end(b"HTTP/1.1 100 Continue\r\n\r\n"), id="goes on continuing"),
+    ],
+)
+def test_a_slow_answer_has_an_end(server: Server, slow: Callable[[Handler], None]) -> None:
     server.script = [slow, GOOD]
     assert teacher(server, timeout_seconds=0.5).answer(ASK).text == "fine"
+    assert not server.waited_for
 
 
 def test_a_huge_body_is_not_read_to_its_end(server: Server) -> None:
@@ -261,6 +293,34 @@ def test_after_a_stop_no_more_is_sent(server: Server) -> None:
     assert 3 <= len(got) == len(server.requests) <= 5
 
 
+def test_a_stop_waits_neither_for_an_answer_nor_for_another_try(server: Server) -> None:
+    """Both acts end in an answer, for those who wait."""
+    release = threading.Event()
+
+    def silent(handler: Handler) -> None:
+        release.wait(20)
+        GOOD(handler)
+
+    server.script = [silent, says({}, 429, Retry_After="20"), GOOD]
+    where = Where(server.url, "m", timeout_seconds=60, parallel=2)
+    got = list(Endpoint(where).answers([ASK] * 2, lambda: len(server.requests) == 2))
+    assert got == [] and len(server.requests) == 2
+    release.set()
+
+
+def test_an_answer_that_repeats_the_key_is_kept_without_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = 'sk/secret"123'
+    monkeypatch.setenv("TEST_KEY", key)
+    quoted = json.dumps(key)
+    server.script = [says(completion(f"Bearer {key}, {quoted}, {quoted.replace('/', chr(92) + '/')}"))]
+    assert teacher(server).answer(ASK).text == 'Bearer ***, "***", "***"'
+    monkeypatch.setenv("TEST_KEY", "none")  # what local servers are given
+    server.script = [says(completion("none of these"))]
+    assert teacher(server).answer(ASK).text == "none of these"
+
+
 @pytest.mark.parametrize(
     ("usage", "counts"),
     [
@@ -275,11 +335,45 @@ def test_counts_of_tokens_are_not_believed_blindly(usage: object, counts: tuple[
 
 
 @pytest.mark.parametrize(
-    "url", ["file:///etc/passwd", "ftp://x/v1", "http://key@host/v1", "localhost:8000", "https://"]
+    "url",
+    [
+        "file:///etc/passwd",
+        "ftp://x/v1",
+        "http://key@host/v1",
+        "localhost:8000",
+        "https://",
+        "http://[::1/v1",
+        "http://[::g]/v1",
+        "http://a..b/v1",
+        "http://h:abc/v1",
+        "http://h:0",
+        "http://h:65536",
+        "http://a b/v1",
+        "http://h/v 1",
+        "http://h%20/v1",
+        "http://h/v1?key=1",
+        "http://h\n/v1",
+    ],
 )
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(RecipeError, match="base_url"):
         Endpoint(Where(url, "m"))
+    with pytest.raises(ValidationError, match="base_url"):
+        Settings(base_url=url, endpoint_model="m")
+
+
+@pytest.mark.parametrize(
+    ("url", "ascii"),
+    [
+        ("http://127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1"),
+        ("https://[::1]:8/a%20b/", "https://[::1]:8/a%20b/"),
+        ("http://h:1/вв", "http://h:1/%D0%B2%D0%B2"),
+        ("HTTP://пример.рф/v1", "http://xn--e1afmkfd.xn--p1ai/v1"),
+    ],
+)
+def test_an_address_in_ascii(url: str, ascii: str) -> None:
+    assert address(url) == ascii
+    assert Settings(base_url=url, endpoint_model="m").base_url == url
 
 
 @pytest.mark.parametrize("value", ["", "  ", "два", "a\nb"])

@@ -364,6 +364,57 @@ def test_a_changed_filter_asks_nothing_again(go: Callable[..., Figures], tmp_pat
     assert (tmp_path / "second/answers.jsonl").read_bytes() == (tmp_path / "first/answers.jsonl").read_bytes()
 
 
+def test_answers_of_earlier_settings_are_published_too(go: Callable[..., Figures], tmp_path: Path) -> None:
+    """prompts lowered and raised again: every answer is paid for once."""
+    go(Scripted(chatter), RESUMED, "many")
+    paid = (tmp_path / "many/answers.jsonl").read_bytes()
+    few = RESUMED.model_copy(update={"prompts": 3})
+    go(Scripted(chatter), few, "alone")
+    published = []
+    for name, ledger in (("one", paid), ("other", b"".join(reversed(paid.splitlines(keepends=True))))):
+        (tmp_path / name / ".work").mkdir(parents=True)
+        (tmp_path / name / ".work/answers.jsonl").write_bytes(ledger)
+        teacher = Scripted(chatter)
+        go(teacher, few, name)
+        assert not teacher.asked
+        published.append((tmp_path / name / "answers.jsonl").read_bytes())
+    used = (tmp_path / "alone/answers.jsonl").read_bytes()
+    assert published[0] == published[1] and published[0].startswith(used)
+    assert sorted(published[0].splitlines()) == paid.splitlines()
+    rest = published[0][len(used) :].splitlines()
+    assert rest == sorted(rest) and len(rest) == 21
+
+
+def test_half_a_character_is_an_answer_rejected(go: Callable[..., Figures], tmp_path: Path) -> None:
+    """As an escape inside the JSON, as a character, and in a ledger that holds one."""
+    said = {
+        "1": r'{"word": "a\ud800"}',
+        "2": '{"word": "b\ud800"}',
+        "3": r'{"\udfff": 1}',
+        "4": '{"word": "fine"}',
+    }
+    template(tmp_path, 'about = "x"\n[prompt]\nuser = "Plan {n}"\n[json.word]\nkind = "text"')
+    settings = Settings(grid={"n": tuple(map(int, said))})
+    teacher = Scripted(lambda ask: said[ask.messages[0]["content"][-1]])
+    figures = go(teacher, settings)
+    assert figures["kept"] == 2 and figures["rejected_json"] == 2
+    reasons = {r["reason"] for r in lines(tmp_path / "out/rejected.jsonl")}
+    assert reasons == {"json: word: half of a surrogate pair", "json: no key word"}
+    ledger = tmp_path / "out/.work/answers.jsonl"
+    ledger.write_bytes(
+        ledger.read_bytes().replace(b"b?", b"b\\ud800") + ledger.read_bytes().splitlines()[0] + b"\n"
+    )
+    again = outputs(tmp_path / "out")
+    assert go(teacher, settings) == figures and len(teacher.asked) == 4
+    assert outputs(tmp_path / "out") == again
+
+
+def test_half_a_character_in_an_array_of_items(go: Callable[..., Figures], tmp_path: Path) -> None:
+    (tmp_path / "i.json").write_text(r'[{"n": 1, "of": "x"}, {"n": 2, "of": "\ud800"}]')
+    with pytest.raises(InputError, match=r"i\.json, entry 2: half of a surrogate pair"):
+        go(Scripted(chatter), Settings(), items=(tmp_path / "i.json",))
+
+
 def test_answers_that_are_none_are_refused_by_line(go: Callable[..., Figures], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         '{"key": "k", "text": "t", "tokens_in": 1, "tokens_out": 1, "cut": false}\n{}\n'
@@ -407,7 +458,7 @@ def test_all_faults_of_the_inputs_at_once(go: Callable[..., Figures], tmp_path: 
         part in said
         for part in ("line 2: n is not", "line 3: no key 'n'", "line 3: of is empty", "line 4: of is not text")
     )
-    assert "line 1" not in said
+    assert "line 1" not in said and "`fields` maps" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -430,7 +481,18 @@ def test_what_does_not_go_together(
     write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
     with pytest.raises(InputError) as caught:
         go(Scripted(chatter), Settings(**settings), **{role: (tmp_path / f"{role}.jsonl",) for role in roles})
-    assert all(part in str(caught.value) for part in said)
+    assert all(part in str(caught.value) for part in said) and not caught.value.hint
+
+
+def test_a_broken_template_and_catalogue_each_have_their_own_hint(
+    go: Callable[..., Figures], tmp_path: Path
+) -> None:
+    template(tmp_path, 'about = "x"\n[prompt]\nuser = "{"')
+    (tmp_path / "c.json").write_text('[{"name": "x"}]')
+    with pytest.raises(InputError) as caught:
+        go(Scripted(chatter), Settings(grid=GRID), catalogue=tmp_path / "c.json")
+    assert [part[:18] for part in caught.value.hint.split("; ")] == ["a placeholder is {", "each entry has nam"]
+    assert "->" not in caught.value.message
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,21 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. `cut`: it ran into max_new_tokens. `fault`: why there is none; a fault is never kept."""
+    """One answer. `cut`: it ran into max_new_tokens. `fault`: why there is none; a fault is never kept.
+
+    Whatever a teacher or a ledger gives, `text` and `fault` can be written as UTF-8: half of a surrogate pair
+    becomes a question mark.
+    """
 
     text: str
     tokens_in: int = 0
     tokens_out: int = 0
     cut: bool = False
     fault: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "fault"):
+            object.__setattr__(self, name, getattr(self, name).encode("utf-8", "replace").decode())
 
 
 class Teacher(Protocol):
@@ -56,7 +64,7 @@ class Teacher(Protocol):
     def answers(self, asks: Sequence[Ask], stop: Callable[[], bool]) -> Iterator[tuple[int, Reply]]:
         """(index, reply) of each ask once, in the order in which they are ready.
 
-        Once `stop()` is true no more are begun; those that were begun are still given.
+        Once `stop()` is true no more are begun; those that were begun are given if they come soon.
         """
 
     def close(self) -> None:

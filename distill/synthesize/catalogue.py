@@ -144,6 +144,13 @@ def entries_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, entry in enumerate(value, 1):
         if not isinstance(entry, dict):
             raise InputError(f"{path}, entry {number}: a {type(entry).__name__}; a JSON object is needed")
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{path}, entry {number}: half of a surrogate pair (\\ud800 to \\udfff) is no character",
+                hint="write the whole pair, or the character itself in UTF-8",
+            ) from None
     return [(f"{path}, entry {number}", entry) for number, entry in enumerate(value, 1)]
 
 

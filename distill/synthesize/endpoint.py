@@ -1,38 +1,45 @@
 """A teacher behind an OpenAI-compatible endpoint: POST base_url/chat/completions, several at a time.
 
-What comes back is untrusted and may be late, cut, huge or nonsense: it is bounded in bytes and seconds and
-checked key by key. 429, 5xx, broken connections and bodies that are not the promised JSON are tried again
-with exponential back-off, or after what Retry-After says. 400, 413 and 422 speak of one prompt and become
-its fault; any other refusal (a wrong key, an unknown model) ends the stage, and the answers so far are kept.
+What comes back is untrusted and may be late, cut, huge or nonsense: it is bounded in bytes and, headers and
+body together, in seconds, and checked key by key. 429, 5xx, broken connections and bodies that are not the
+promised JSON are tried again with exponential back-off, or after what Retry-After says. 400, 413 and 422 speak
+of one prompt and become its fault; any other refusal (a wrong key, an unknown model) ends the stage, and the
+answers so far are kept.
 
 Redirects are not followed: urllib would carry the key to another host. The key is read from an environment
-variable, sent as a header, and taken out of every text that is shown.
+variable, sent as a header, and taken out of every text that is shown or kept.
 """
 
 from __future__ import annotations
 
 import email.utils
 import http.client
+import io
 import json
 import math
 import os
+import queue
 import re
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
+from distill.synthesize.address import address
 from distill.synthesize.asks import Ask, Reply
 from foundation.errors import MissingError, RecipeError
 
 MAX_BYTES = 4 << 20
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 LONGEST_RETRY_AFTER_SECONDS = 600.0
+POLL_SECONDS = 0.2  # between two looks at stop()
+GRACE_SECONDS = 1.0  # after a stop, for answers that are about to come
+SECRET_CHARACTERS = 8  # a shorter "key" (x, none, EMPTY) is no secret, and may be a word of an answer
 _AGAIN = {408, 409, 425, 429}
 _THIS_PROMPT = {400, 413, 422}
 
@@ -57,16 +64,16 @@ class Endpoint:
 
     def __init__(self, where: Where, sleep: Callable[[float], object] | None = None) -> None:
         """Raises RecipeError for an address that can not be one, MissingError when the key is not there."""
-        parts = urlsplit(where.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        try:
+            self._url = f"{address(where.base_url).rstrip('/')}/chat/completions"
+        except ValueError as error:
             raise RecipeError(
-                [f"base_url = {where.base_url!r}: http(s)://host[:port]/path is needed, without a key in it"],
-                hint='for example base_url = "http://127.0.0.1:8000/v1"',
-            )
+                [f"base_url: {error}"], hint='for example base_url = "http://127.0.0.1:8000/v1"'
+            ) from None
         self.identity = f"endpoint {where.model}"
         self._where = where
         self._key = _key(where.key_variable)
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = urllib.request.build_opener(_NoRedirects, _Http, _Https)
         self._ended = threading.Event()
         self._sleep = sleep or self._ended.wait
 
@@ -75,32 +82,45 @@ class Endpoint:
 
     def answers(self, asks: Sequence[Ask], stop: Callable[[], bool]) -> Iterator[tuple[int, Reply]]:
         """At most `parallel` requests are on their way. After a refusal no more are sent; those that are on
-        their way are given first, because they were paid for, and then the refusal is raised.
+        their way are given first, because they were paid for, and then the refusal is raised. After a stop they
+        have GRACE_SECONDS; then they are left to threads that do not outlive the process.
         """
-        waiting = iter(enumerate(asks))
-        flying: dict[Future[Reply], int] = {}
-        refusal: BaseException | None = None
-        with ThreadPoolExecutor(self._where.parallel) as pool:
-            try:
-                while True:
-                    while len(flying) < self._where.parallel and not (refusal or stop()):
-                        if (entry := next(waiting, None)) is None:
-                            break
-                        flying[pool.submit(self.answer, entry[1])] = entry[0]
-                    if not flying:
+        waiting = enumerate(asks)
+        landed: queue.SimpleQueue[tuple[int, Reply | BaseException]] = queue.SimpleQueue()
+        flying, refusal, until = 0, None, math.inf
+        try:
+            while True:
+                if until == math.inf and stop():
+                    until = time.monotonic() + GRACE_SECONDS
+                    self._ended.set()  # wakes those that pause before another try
+                while flying < self._where.parallel and not refusal and until == math.inf:
+                    if (entry := next(waiting, None)) is None:
                         break
-                    for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                        index = flying.pop(future)
-                        if trouble := future.exception():
-                            refusal = refusal or trouble
-                            self._ended.set()  # wakes those that pause before another try
-                        else:
-                            yield index, future.result()
-            finally:
-                if flying:
+                    threading.Thread(target=self._fly, args=(*entry, landed), daemon=True).start()
+                    flying += 1
+                if not flying or time.monotonic() > until:
+                    break
+                try:
+                    index, got = landed.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    continue
+                flying -= 1
+                if isinstance(got, Reply):
+                    yield index, got
+                elif until == math.inf:  # after a stop, trouble is only that a try was not repeated
+                    refusal = refusal or got
                     self._ended.set()
+        finally:
+            if flying:
+                self._ended.set()
         if refusal:
             raise refusal
+
+    def _fly(self, index: int, ask: Ask, landed: queue.SimpleQueue[tuple[int, Reply | BaseException]]) -> None:
+        try:
+            landed.put((index, self.answer(ask)))
+        except BaseException as trouble:  # raised again where the answers are read
+            landed.put((index, trouble))
 
     def answer(self, ask: Ask) -> Reply:
         """One answer, or its fault. Raises MissingError when the endpoint refuses or can not be reached."""
@@ -117,10 +137,10 @@ class Endpoint:
                     f"{self._where.base_url} asks to wait {pause:.0f} seconds ({trouble})",
                     hint="run the same command again then; the answers so far are kept",
                 )
+            if attempt + 1 < self._where.tries and not self._ended.is_set():
+                self._sleep(pause)
             if self._ended.is_set():
                 break
-            if attempt + 1 < self._where.tries:
-                self._sleep(pause)
         raise MissingError(
             f"{self._where.base_url}: no answer after {self._where.tries} tries; the last time: {trouble}",
             hint="check the endpoint; the same command goes on, and answers already there are not asked again",
@@ -128,25 +148,25 @@ class Endpoint:
 
     def _once(self, ask: Ask) -> Reply:
         request = urllib.request.Request(
-            f"{self._where.base_url.rstrip('/')}/chat/completions",
+            self._url,
             data=json.dumps(self._body(ask), ensure_ascii=True).encode(),
             headers={"Content-Type": "application/json", "Accept": "application/json"}
             | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             method="POST",
         )
-        deadline = time.monotonic() + self._where.timeout_seconds
         try:
             with self._opener.open(request, timeout=self._where.timeout_seconds) as response:
-                return read_reply(_bounded(response, deadline))
+                reply = read_reply(_bounded(response))
         except urllib.error.HTTPError as error:
             with error:
-                return self._refused(error, deadline)
+                return self._refused(error)
         except (OSError, http.client.HTTPException) as error:  # includes URLError and timeouts
             raise _Again(self._clean(f"{type(error).__name__}: {error}")) from None
+        return replace(reply, text=self._hidden(reply.text)) if len(self._key) >= SECRET_CHARACTERS else reply
 
-    def _refused(self, error: urllib.error.HTTPError, deadline: float) -> Reply:
+    def _refused(self, error: urllib.error.HTTPError) -> Reply:
         try:
-            said = self._clean(_bounded(error, deadline).decode("utf-8", "replace"))
+            said = self._clean(_bounded(error).decode("utf-8", "replace"))
         except (OSError, http.client.HTTPException, _Again):
             said = ""
         why = f"HTTP {error.code} {said}".strip()
@@ -174,8 +194,14 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         """At most 200 printable characters, without the key."""
-        shown = text.replace(self._key, "***") if self._key else text
-        return re.sub(r"[^\w\s.,:;/()\"'{}\[\]+*=<>%!?@#&|-]|\s+", " ", shown)[:200].strip()
+        return re.sub(r"[^\w\s.,:;/()\"'{}\[\]+*=<>%!?@#&|-]|\s+", " ", self._hidden(text))[:200].strip()
+
+    def _hidden(self, text: str) -> str:
+        """`text` with *** for the key, as it is and as JSON writes it."""
+        quoted = json.dumps(self._key)[1:-1]
+        for form in (self._key, quoted, quoted.replace("/", "\\/")) if self._key else ():
+            text = text.replace(form, "***")
+        return text
 
 
 class _Again(Exception):
@@ -189,6 +215,58 @@ class _Again(Exception):
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+class _Until(io.RawIOBase):
+    """What comes from a socket until `deadline`: a timeout alone bounds each read, not their number."""
+
+    def __init__(self, sock: socket.socket, raw: io.RawIOBase, deadline: float) -> None:
+        self._sock, self._raw, self._deadline = sock, raw, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer did not end in time")
+        self._sock.settimeout(left)
+        count: int | None = self._raw.readinto(buffer)
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """Status line, headers and body, all until `deadline`."""
+
+    def __init__(self, sock: socket.socket, *args: Any, deadline: float, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp: Any = io.BufferedReader(_Until(sock, self.fp.detach(), deadline))
+
+
+class _Timed(http.client.HTTPConnection):
+    """One request; its time runs from here."""
+
+    def __init__(self, host: str, *, timeout: float, **kwargs: Any) -> None:
+        super().__init__(host, timeout=timeout, **kwargs)
+        self.response_class = partial(_Response, deadline=time.monotonic() + timeout)  # type: ignore[assignment]
+
+
+class _TimedTls(_Timed, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_Timed, request)  # type: ignore[arg-type]
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> Any:
+        return self.do_open(_TimedTls, request)  # type: ignore[arg-type]
 
 
 def _key(variable: str) -> str:
@@ -205,15 +283,13 @@ def _key(variable: str) -> str:
     return key
 
 
-def _bounded(response: Any, deadline: float) -> bytes:
-    """The body, at most MAX_BYTES of it and until `deadline`; more or later is worth another try."""
+def _bounded(response: Any) -> bytes:
+    """The body, at most MAX_BYTES of it; more is worth another try."""
     body = b""
     while chunk := response.read1(1 << 16):
         body += chunk
         if len(body) > MAX_BYTES:
             raise _Again(f"a body of more than {MAX_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise _Again("the body did not end in time")
     promised = response.headers.get("Content-Length", "")
     if promised.isdecimal() and len(body) < int(promised):
         raise _Again(f"a body cut after {len(body)} of {promised} bytes")
@@ -247,7 +323,7 @@ def read_reply(body: bytes) -> Reply:
         raise _Again("the answer is not text")
     counts = usage if isinstance(usage, Mapping) else {}
     return Reply(
-        (text or "").encode("utf-8", "replace").decode(),
+        text or "",
         _count(counts.get("prompt_tokens")),
         _count(counts.get("completion_tokens")),
         cut=choice.get("finish_reason") == "length",

@@ -77,8 +77,11 @@ class Ledger:
             self.sync()
 
     def _use(self, key: str) -> Reply:
-        number, offset = self._at[key]
         self._used.add(key)
+        return self._at_key(key)
+
+    def _at_key(self, key: str) -> Reply:
+        number, offset = self._at[key]
         self._files[number].seek(offset)
         return _read(self._files[number].readline())[1]
 
@@ -96,9 +99,14 @@ class Ledger:
         os.fsync(self._file.fileno())
         self._synced = time.monotonic()
 
-    def used(self) -> Iterator[bytes]:
-        """The lines of all answers that this run needed, sorted by key: the same bytes however it went."""
-        return (_line(key, self._use(key)) for key in sorted(self._used))
+    def published(self) -> Iterator[bytes]:
+        """The lines of all answers that this run needed, sorted by key, and after them, sorted too, those that
+        it found in its own file and did not need: paid for under earlier settings, and perhaps needed again.
+        The same bytes however the run went.
+        """
+        unused = {key for key, (number, _) in self._at.items() if number == 0} - self._used
+        for key in [*sorted(self._used), *sorted(unused)]:
+            yield _line(key, self._at_key(key))
 
     def close(self) -> None:
         self.sync()
@@ -128,5 +136,7 @@ def _read(line: bytes) -> tuple[str, Reply]:
     record = json.loads(line)
     wanted = {"key": str, "text": str, "tokens_in": int, "tokens_out": int, "cut": bool}
     if not isinstance(record, dict) or any(type(record.get(key)) is not kind for key, kind in wanted.items()):
+        raise ValueError("not a teacher's answer")
+    if not record["key"].isascii():  # ours are hexadecimal digits
         raise ValueError("not a teacher's answer")
     return record["key"], Reply(record["text"], record["tokens_in"], record["tokens_out"], record["cut"])

@@ -6,11 +6,12 @@ template, catalogue, items, seeds and grid is found here and reported at once, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill.synthesize import catalogue as exercises
 from distill.synthesize import grid, template
@@ -25,9 +26,11 @@ from foundation.stage import Inputs, many, one
 if TYPE_CHECKING:
     from distill.synthesize.stage import Settings
 
+T = TypeVar("T")
 Record = dict[str, Any]
 Task = dict[str, str]  # fields of a seed task, or of a kept answer that joined the pool
 MAX_PROBLEMS = 30
+MAPPING = "`fields` maps a placeholder to a key of the records; see docs/synthesis.md"
 COMPUTED = ("catalogue", "history", "listed")  # what Catalogue.fields adds to a profile
 
 
@@ -94,33 +97,50 @@ class Plan:
                 yield self.template.pair({}, task, "")
 
 
-def make_plan(settings: Settings, inputs: Inputs) -> Plan:
-    """Read and check everything that is asked about. Raises InputError with all faults."""
-    problems: list[str] = []
+@dataclass
+class _Faults:
+    """Every fault found, and what can be done about each sort of them."""
 
-    def attempt(step: Any) -> Any:
+    problems: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+
+    def add(self, problems: Iterable[str], hint: str = "") -> None:
+        before = len(self.problems)
+        self.problems += problems
+        if hint and len(self.problems) > before and hint not in self.hints:
+            self.hints.append(hint)
+
+    def attempt(self, step: Callable[[], T]) -> T | None:
+        """What `step` gives; None when it raised, its fault then being kept."""
         try:
             return step()
         except RecipeError as error:
-            problems.extend(error.problems)
+            self.add(error.problems, error.hint)
         except SamovarError as error:
-            problems.append(str(error))
+            self.add([error.message], error.hint)
         return None
 
-    made = attempt(lambda: _template(settings.template, inputs))
-    judge = attempt(lambda: _judge(settings))
-    catalogue = attempt(lambda: exercises.load(one(inputs, "catalogue")) if "catalogue" in inputs else None)
+
+def make_plan(settings: Settings, inputs: Inputs) -> Plan:
+    """Read and check everything that is asked about. Raises InputError with all faults."""
+    faults = _Faults()
+    made = faults.attempt(lambda: _template(settings.template, inputs))
+    judge = faults.attempt(lambda: _judge(settings))
+    catalogue = faults.attempt(
+        lambda: exercises.load(one(inputs, "catalogue")) if "catalogue" in inputs else None
+    )
     validator = VALIDATORS[settings.validator]
-    problems += _roles(settings, inputs, validator)
-    if made is not None and not problems:
+    faults.add(_roles(settings, inputs, validator))
+    if made is not None and not faults.problems:
         plan = Plan(settings, made, judge, validator, catalogue)
-        attempt(lambda: _fill(plan, inputs, problems))
-        if not problems:
+        faults.attempt(lambda: _fill(plan, inputs, faults))
+        if not faults.problems:
             return plan
+    problems = faults.problems
     more = f"\nand {len(problems) - MAX_PROBLEMS} more" if len(problems) > MAX_PROBLEMS else ""
     raise InputError(
         "\n".join(problems[:MAX_PROBLEMS]) + more,
-        hint="`fields` maps a placeholder to a key of the records; see docs/synthesis.md",
+        hint="; ".join(faults.hints),
     )
 
 
@@ -161,53 +181,44 @@ def _roles(settings: Settings, inputs: Inputs, validator: Validator) -> list[str
     return problems
 
 
-def _fill(plan: Plan, inputs: Inputs, problems: list[str]) -> None:
-    """Read seeds and records into `plan`, and every fault into `problems`."""
+def _fill(plan: Plan, inputs: Inputs, faults: _Faults) -> None:
+    """Read seeds and records into `plan`, and every fault into `faults`."""
     settings, made = plan.settings, plan.template
     if (made.example is not None) != ("seeds" in inputs):
-        problems.append("role 'seeds' and a template with [example] go together")
+        faults.add(["role 'seeds' and a template with [example] go together"])
     elif made.example is not None:
         needed = template.names(made.example.text)
         if plan.joins and made.conversation:
             needed |= template.names(made.conversation.user + made.conversation.assistant) & set(made.shape)
         for where, raw in _entries(many(inputs, "seeds")):
             record = _mapped(raw, settings.fields)
-            problems += (f"{where}: {problem}" for problem in _missing(record, needed, empty=True))
+            faults.add((f"{where}: {fault}" for fault in _missing(record, needed, empty=True)), MAPPING)
             plan.seeds.append({name: text_of(record.get(name)) for name in needed if is_text(record.get(name))})
     if settings.grid:
         if plan.catalogue:
-            problems += plan.catalogue.problems(settings.grid)
+            faults.add(plan.catalogue.problems(settings.grid))
         given = set(settings.grid) | (set(COMPUTED) if plan.catalogue else set())
         wanted = made.needs() | set(plan.validator.needs)
-        problems += [
+        faults.add(
             f"grid: no axis {name!r}; the template or the validator needs it" for name in sorted(wanted - given)
-        ]
-        problems += [
+        )
+        faults.add(
             f"grid: the template does not use the axis {name!r}" for name in sorted(set(settings.grid) - wanted)
-        ]
-        problems += _unspelt(made, settings.grid)
-        if not problems:
+        )
+        for name, values in settings.grid.items():
+            for value in values:
+                faults.attempt(partial(made.spelt, {name: str(value)}))
+        if not faults.problems:
             _walk(plan)
     elif "items" in inputs:
-        _read_items(plan, inputs, problems)
+        _read_items(plan, inputs, faults)
     else:
         plan.records = [{} for _ in range(settings.prompts)]
-        problems += [
+        faults.add(
             f"placeholder {{{n}}} is filled by nothing; only {{examples}} is" for n in sorted(made.needs())
-        ]
-    if not problems and not plan.records:
-        problems.append("no prompt is left to ask: everything is held out, or no profile has a choice")
-
-
-def _unspelt(made: Template, axes: Mapping[str, Iterable[grid.Value]]) -> list[str]:
-    found = []
-    for name, values in axes.items():
-        for value in values:
-            try:
-                made.spelt({name: str(value)})
-            except RecipeError as error:
-                found += error.problems
-    return found
+        )
+    if not faults.problems and not plan.records:
+        faults.add(["no prompt is left to ask: everything is held out, or no profile has a choice"])
 
 
 def _walk(plan: Plan) -> None:
@@ -224,21 +235,22 @@ def _walk(plan: Plan) -> None:
             plan.records.append(dict(cell))
 
 
-def _read_items(plan: Plan, inputs: Inputs, problems: list[str]) -> None:
+def _read_items(plan: Plan, inputs: Inputs, faults: _Faults) -> None:
     settings, validator = plan.settings, plan.validator
     wanted = plan.template.needs()
     for where, raw in _entries(many(inputs, "items")):
         record = _mapped(raw, settings.fields)
-        faults = _missing(record, wanted, empty=False)
-        faults += [f"no key {name!r}; the validator needs it" for name in validator.needs if name not in record]
-        if not faults:
+        found, hint = _missing(record, wanted, empty=False), MAPPING
+        found += [f"no key {name!r}; the validator needs it" for name in validator.needs if name not in record]
+        if not found:
+            hint = ""
             try:
                 plan.template.spelt({name: text_of(record[name]) for name in wanted})
             except RecipeError as error:
-                faults += error.problems
+                found, hint = [*error.problems], error.hint
             fault = validator.check(record)
-            faults += [fault] if fault else []
-        problems += (f"{where}: {fault}" for fault in faults)
+            found += [fault] if fault else []
+        faults.add((f"{where}: {fault}" for fault in found), hint)
         held = grid.is_held(record, settings.held_share, settings.seed)
         if not held and settings.prompts and len(plan.records) == settings.prompts:
             continue

@@ -13,6 +13,7 @@ from typing import Any
 from distill.synthesize.template import Key
 
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n\s*```\Z", re.DOTALL)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 LONGEST = 200_000  # characters
 
 
@@ -46,6 +47,8 @@ def _wrong(value: Any, key: Key) -> str:
         return ""
     if not isinstance(value, str):
         return "not text"
+    if _HALF_PAIR.search(value):  # an escape such as \ud800 alone is valid JSON, and no character
+        return "half of a surrogate pair"
     return "" if value.strip() or key.empty else "empty"
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill.synthesize import grid
+from distill.synthesize.address import address
 from distill.synthesize.asks import Teacher
 from distill.synthesize.filters import Script
 from distill.synthesize.ledger import Ledger
@@ -112,6 +113,13 @@ class Settings(StageSettings):
             raise ValueError(f"no such validator; known are {', '.join(VALIDATORS)}")
         return name
 
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        if url:
+            address(url)
+        return url
+
     @field_validator("grid")
     @classmethod
     def _is_a_grid(cls, axes: dict[str, tuple[str | int, ...]]) -> dict[str, tuple[str | int, ...]]:
@@ -158,7 +166,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         finally:
             teacher.close()
         with (out / "answers.jsonl").open("wb") as file:
-            file.writelines(ledger.used())
+            file.writelines(ledger.published())
     finally:
         ledger.close()
     write_jsonl(out / "held.jsonl", plan.held_records())
@@ -169,7 +177,7 @@ def _teacher(settings: Settings, inputs: Inputs, report: Report) -> Teacher:
     if settings.base_url:
         from distill.synthesize.endpoint import Endpoint, Where
 
-        if settings.key_variable and settings.base_url.startswith("http:"):
+        if settings.key_variable and settings.base_url.lower().startswith("http:"):
             report.note(f"the key travels unencrypted to {settings.base_url}; use https beyond this machine")
         return Endpoint(
             Where(
