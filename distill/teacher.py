@@ -8,13 +8,12 @@ its libraries and, where those split sums over threads, on their number.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from foundation.chat import IGNORED
-from foundation.chunked import Product
+from foundation.chunked import Product, cap
 from foundation.errors import ModelError
 from foundation.head import Head, hidden_of
 from foundation.losses import counted, predicting
@@ -144,8 +143,5 @@ def chunked_logits(hidden: torch.Tensor, head: Head) -> Iterator[tuple[slice, to
             product.forward(product.operands(values[at]), logits, add=number > 0)
         if head.bias is not None:
             logits += head.bias
-        if head.cap < math.inf:
-            logits.mul_(head.scale / head.cap).tanh_().mul_(head.cap)
-        elif head.scale != 1:
-            logits.mul_(head.scale)
+        cap(logits, head)
         yield at, logits

@@ -186,7 +186,7 @@ class _Job:
         import torch
 
         gold, warm = self.gold[at][:, None], self.temperature != 1
-        slope = self._capped(z)
+        slope = cap(z, self.head, sloped=True)
         logit = z.gather(1, gold).squeeze(1)  # [n]
         cold = Spread(z.clone(), gold, torch.ones_like(gold, dtype=torch.bool)) if warm else None
         spread = Spread(z.div_(self.temperature) if warm else z, self.ids[at], self.present[at])
@@ -219,16 +219,16 @@ class _Job:
 
         return loss, {name: value.detach() for name, value in figures.items()}, differentiate
 
-    def _capped(self, z: torch.Tensor) -> torch.Tensor | None:
-        """Apply the head's scale and soft-cap to z in place; returns the soft-cap's slope where it has one."""
-        scale, cap = self.head.scale, self.head.cap
-        if cap == math.inf:
-            z.mul_(scale) if scale != 1 else None
-            return None
-        z.mul_(scale / cap).tanh_()
-        slope = z.square().neg_().add_(1)  # [n, V]
-        z.mul_(cap)
-        return slope
+
+def cap(z: torch.Tensor, head: Head, *, sloped: bool = False) -> torch.Tensor | None:
+    """Apply the head's scale and soft-cap to z [n, V] in place; returns the cap's slope where `sloped` asks."""
+    if head.cap == math.inf:
+        z.mul_(head.scale) if head.scale != 1 else None
+        return None
+    z.mul_(head.scale / head.cap).tanh_()
+    slope = z.square().neg_().add_(1) if sloped else None  # [n, V]
+    z.mul_(head.cap)
+    return slope
 
 
 class Spread:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import Field
 from foundation.checkpoints import complete_checkpoints, remove_old, remove_torn, seal, step_of
 from foundation.curves import CURVES, Curves
 from foundation.errors import MissingError, ModelError, StopRequested
+from foundation.memory import peak_memory_bytes
 from foundation.model import quiet_transformers
 from foundation.ranks import is_main, world
 from foundation.report import Report
@@ -272,4 +272,4 @@ def _peak_memory_bytes() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()

@@ -15,11 +15,12 @@ from typing import Any
 
 from foundation import artifact
 from foundation.artifact import Manifest
-from foundation.errors import ArtifactError, RecipeError, RunError, RunLocked
+from foundation.errors import RecipeError, RunError, RunLocked
 from foundation.files import DigestCache, writing
 from foundation.rundir import RunDirectory, acquire
 from samovar.inputs import find_input
 from samovar.order import Order
+from samovar.plan import altered
 from samovar.recipe import check_settings, nearest
 from samovar.screen import Careful, Screen
 from samovar.stages import KINDS, Kind, counted, is_required, takes_many
@@ -180,10 +181,7 @@ def _refuse_altered(folder: Path, manifest: Manifest) -> None:
     """Raise ArtifactError naming what is not there in its size: as in a run, but nothing is hashed again."""
     stated = {folder / path: sha256 for path, (_, sha256) in manifest.files.items()}
     if bad := [why for why in artifact.verify(folder, stated.__getitem__) if not why.startswith("extra")]:
-        raise ArtifactError(
-            f"finished stages are not as they were written:\n  {folder.name}: {'; '.join(bad)}",
-            hint="put files back or move foreign ones away, or delete the stage's folder to make it again",
-        )
+        raise altered([f"{folder.name}: {'; '.join(bad)}"])
 
 
 def _arity(kind: Kind, role: str, values: list[str]) -> str | list[str]:

@@ -188,10 +188,15 @@ def _differences(old: Identity, new: Identity, *, inputs: bool) -> str:
 def refuse_altered(steps: Iterable[Step]) -> None:
     """Raise ArtifactError naming every altered file of the plan."""
     if bad := [f"{step.stage.name}: {step.why}" for step in steps if step.action == Action.ALTERED]:
-        raise ArtifactError(
-            "finished stages are not as they were written:\n  " + "\n  ".join(bad),
-            hint="put files back or move foreign ones away, or delete the stage's folder to make it again",
-        )
+        raise altered(bad)
+
+
+def altered(stages: Iterable[str]) -> ArtifactError:
+    """The refusal of `stages`, each told as "name: what is altered"."""
+    return ArtifactError(
+        "finished stages are not as they were written:\n  " + "\n  ".join(stages),
+        hint="put files back or move foreign ones away, or delete the stage's folder to make it again",
+    )
 
 
 def _shown(value: Any) -> str:

@@ -27,6 +27,7 @@ from foundation.artifact import Manifest
 from foundation.errors import ArtifactError, InputError, RunError
 from foundation.events import EventLog
 from foundation.files import stamps
+from foundation.memory import peak_memory_bytes
 from foundation.report import Report
 from samovar.order import Order, Result, call, result_of
 from samovar.process import die_with
@@ -120,14 +121,6 @@ def _refuse_edited(order: Order) -> None:
             artifact.distrust(Path(order.folder))
             hint = "run again, and leave the inputs as they are until it is done"
             raise InputError(f"the input {', '.join(changed)} was changed while it was used", hint=hint)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident memory of this process, or of a child that it waited for."""
-    import resource
-
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def attempt(order: Order, report: EventReport, lock: int | None = None) -> Result:
