@@ -24,18 +24,9 @@ class Settings(StageSettings):
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
     """Write out/table.json from `scores`, the `facts` of the world and a `bundle`."""
     scores = [_read(path, "label") for path in many(inputs, "scores")]
-    notes = []
-    for path in many(inputs, "facts"):
-        share = _read(path, "constant_share")["constant_share"]
-        notes.append(f"the best constant answer is valid for {share:.3f} of the held-out profiles")
-    for path in many(inputs, "bundle"):
-        notes += _fitting(_read(path / "bundle.json", "memory")["memory"])
-    parts = [score["programmes"][n] for score in scores for n in _languages(score)]
-    if parts:
-        error, count = max(p["standard_error"] for p in parts), min(p["count"] for p in parts)
-        notes.append(f"shares of {count} held-out profiles a language; standard error at most {error:.3f}")
     texts = sorted({name for score in scores for name in score.get("bits_per_byte", {})})
     languages = sorted({name for score in scores for name in _languages(score)})
+    tasks = list(dict.fromkeys(name for score in scores for name in score.get("tasks", {})))
     answers = {score["label"]: score["programmes"]["sample"] for score in scores if "programmes" in score}
     if settings.answer_of and settings.answer_of not in answers:
         raise InputError(
@@ -49,23 +40,48 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
             *(f"bits/byte {text.replace('_', ' ')}" for text in texts),
             *(f"valid {name}" for name in languages),
             "valid mean",
+            *(name.removeprefix("tasks_").replace("_", " ") for name in tasks),
+            *(["task mean"] if tasks else []),
             "MB",
         ],
-        "rows": [_row(score, texts, languages) for score in scores],
-        "notes": notes,
+        "rows": [_row(score, texts, languages, tasks) for score in scores],
+        "notes": _notes(inputs, scores),
         "answer": answers.get(settings.answer_of),
     }
     (out / "table.json").write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return {"rows": len(scores)}
 
 
-def _row(score: dict[str, Any], texts: list[str], languages: list[str]) -> list[str]:
+def _notes(inputs: Inputs, scores: list[dict[str, Any]]) -> list[str]:
+    """What the table should be read against."""
+    notes = []
+    for path in many(inputs, "facts"):
+        share = _read(path, "constant_share")["constant_share"]
+        notes.append(f"the best constant answer is valid for {share:.3f} of the held-out profiles")
+    for path in many(inputs, "bundle"):
+        notes += _fitting(_read(path / "bundle.json", "memory")["memory"])
+    parts = [score["programmes"][n] for score in scores for n in _languages(score)]
+    if parts:
+        error, count = max(p["standard_error"] for p in parts), min(p["count"] for p in parts)
+        notes.append(f"shares of {count} held-out profiles a language; standard error at most {error:.3f}")
+    intervals = [task for score in scores for task in score.get("tasks", {}).values()]
+    if intervals:
+        half = max((task["high"] - task["low"]) / 2 for task in intervals)
+        fewest = min(task["items"] for task in intervals)
+        notes.append(f"tasks of {fewest} items or more; 95 % intervals of at most +-{half:.3f}")
+    return notes
+
+
+def _row(score: dict[str, Any], texts: list[str], languages: list[str], tasks: list[str]) -> list[str]:
     bits, valid = score.get("bits_per_byte", {}), score.get("programmes", {})
+    scored, mean = score.get("tasks", {}), score.get("task_mean")
     return [
         score["label"],
         *(f"{bits[text]:.3f}" if text in bits else "" for text in texts),
         *(f"{valid[n]['share']:.3f}" if n in valid else "" for n in languages),
         f"{valid['mean']:.3f}" if valid else "",
+        *(f"{scored[name]['score']:.3f}" if name in scored else "" for name in tasks),
+        *([f"{mean['score']:.3f}" if mean and len(scored) == len(tasks) else ""] if tasks else []),
         f"{score['bytes'] / 1e6:.2f}" if "bytes" in score else "",
     ]
 

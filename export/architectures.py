@@ -1,9 +1,11 @@
 """What each model family becomes in GGUF: metadata keys, tensor names, and how weights are rearranged.
 
-One row of `TARGETS` a family. Three facts break a model silently when forgotten, so they stand here:
+One row of `TARGETS` a family. Four facts break a model silently when forgotten, so they stand here:
 llama.cpp rotates neighbouring pairs for "llama", transformers rotates halves (Q and K rows are
 reordered); Gemma's norms multiply by 1 + weight in transformers and by weight in llama.cpp; llama3
-rope scaling is not a key but a tensor of divisors. What llama.cpp can not compute is refused by name.
+rope scaling is not a key but a tensor of divisors; Gemma 3's attention scale is not a key either, and
+what llama.cpp takes in its place depends on the number of layers, so the ratio goes into the query norm.
+What llama.cpp can not compute is refused by name.
 
 Source: llama.cpp's conversion scripts and graphs (src/models), checked by export.verify on logits.
 """
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SKIPPED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers of old checkpoints, computed anew
+GEMMA_27B_LAYERS = 62  # as many as llama.cpp takes for the 27B model
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,6 @@ def check(shape: ModelShape) -> Target:
         problems.append(f"{shape.heads} heads of {shape.head_dim} are not the hidden size {shape.hidden}")
     if shape.activation not in family.activations:
         problems.append(f"activation {shape.activation!r}; computed is {', '.join(family.activations)}")
-    if shape.query_scalar and shape.query_scalar != shape.head_dim:
-        problems.append(f"query_pre_attn_scalar {shape.query_scalar:g} is not head_dim {shape.head_dim}")
-    if shape.model_type == "gemma3_text" and shape.layers == 62:
-        problems.append("62 layers, from which llama.cpp takes another attention scale")
     if shape.softcapping:
         problems.append("soft-capped logits")
     if problems:
@@ -104,8 +103,6 @@ def describe(writer: Any, shape: ModelShape, target: Target) -> None:
 
 def tensor_names(shape: ModelShape, target: Target, checkpoint: Checkpoint) -> dict[str, str]:
     """Checkpoint name -> GGUF name, in file order. Raises ModelError: missing, unknown or misshapen tensors."""
-    import gguf
-
     wanted = shape.tensors()
     present = {n for n in checkpoint.names() if not n.endswith(SKIPPED)}
     if shape.tied:
@@ -122,22 +119,48 @@ def tensor_names(shape: ModelShape, target: Target, checkpoint: Checkpoint) -> d
         raise ModelError(
             f"{checkpoint.folder}: weights and config.json disagree: {'; '.join(problems[:5])}{more}"
         )
+    return gguf_names(shape, target)
+
+
+def gguf_names(shape: ModelShape, target: Target) -> dict[str, str]:
+    """Name of every tensor that the shape has -> GGUF name, in file order."""
+    import gguf
+
     arch = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == target.arch)
     table = gguf.get_tensor_name_map(arch, shape.layers)
-    return {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in wanted}
+    return {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in shape.tensors()}
 
 
 def weights(shape: ModelShape, target: Target, checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
     """(checkpoint name, float32 values as llama.cpp wants them) one by one, in `tensor_names` order."""
+    import numpy as np
+
     for name in shape.tensors():
         values = checkpoint.read(name)
         if target.norm_plus_one and name.endswith("norm.weight"):
             values = values + 1
+        if name.endswith("q_norm.weight"):
+            values = values * np.float32(query_factor(shape))
         if target.pairs and ".q_proj." in name:
             values = halves_to_pairs(values, shape.heads)
         if target.pairs and ".k_proj." in name:
             values = halves_to_pairs(values, shape.kv_heads)
         yield name, values
+
+
+def query_factor(shape: ModelShape) -> float:
+    """By how much queries are too small or too large under llama.cpp's own attention scale; 1 but for Gemma 3.
+
+    transformers scales scores by query_pre_attn_scalar ** -0.5. llama.cpp scales Gemma 3's by head_dim ** -0.5,
+    and with 62 layers, which it takes for the 27B model, by (hidden // heads) ** -0.5. So a 27B that lost
+    layers is scaled otherwise than a whole one. Rotation is linear: a factor on the query norm is one on the
+    scores.
+    Source: llama.cpp's hyperparameters of gemma3 (f_attention_scale).
+    """
+    if shape.query_scalar is None:
+        return 1.0
+    taken = shape.hidden // shape.heads if shape.layers == GEMMA_27B_LAYERS else shape.head_dim
+    return math.sqrt(taken / shape.query_scalar)
 
 
 def halves_to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

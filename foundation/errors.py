@@ -4,6 +4,7 @@
     ├── RecipeError        a recipe, or a setting in it, can not be used (all problems at once)
     ├── InputError         a file or text that the user gave: missing, empty, wrong encoding
     ├── ModelError         a model or tokenizer that this step can not take
+    │   └── Diverged       a training whose loss is no number any more
     ├── ArtifactError      something Samovar wrote earlier is missing, altered or unfinished
     ├── RunError           a run directory can not be used as asked
     │   └── RunLocked      another process holds it
@@ -43,6 +44,10 @@ class InputError(SamovarError):
 
 class ModelError(SamovarError):
     """A model or tokenizer does not fit the step, or does not fit its partner."""
+
+
+class Diverged(ModelError):
+    """The loss of a training is NaN or infinite; its last checkpoint stands."""
 
 
 class ArtifactError(SamovarError):

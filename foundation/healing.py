@@ -22,7 +22,8 @@ class HealSettings(TuneSettings):
     """How a model that lost layers learns from the one that still has them (steps are one healing's)."""
 
     trains: Literal["neighbours", "all", "lora"] = Field(
-        "neighbours", description="what heals: the layers beside the gap (published), every weight, or LoRA on all"
+        "neighbours",
+        description="what heals: the layers beside the gap (published), every weight, or LoRA on all",
     )
     lora_rank: int = Field(16, ge=1, description="rank of LoRA, with trains = 'lora'")
     lora_alpha: int = Field(32, ge=1, description="LoRA alpha (scale = alpha / rank)")

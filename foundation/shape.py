@@ -259,7 +259,8 @@ def _windows(keys: _Keys, family: Family, layers: int) -> tuple[int | None, ...]
         period = keys.size("sliding_window_pattern", 6)
         types = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(layers)]
     elif types is None:
-        full = config.get("max_window_layers") or 0  # Qwen: the first layers see everything; Mistral: none
+        # Qwen: the first layers see everything, 28 where the key is absent; Mistral: none.
+        full = 0 if config.get("model_type") == "mistral" else config.get("max_window_layers", 28) or 0
         types = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
     if len(types) != layers:
         keys.problems.append(f"layer_types has {len(types)} entries, num_hidden_layers is {layers}")

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from foundation.checkpoints import complete_checkpoints, remove_old, remove_torn, seal, step_of
 from foundation.curves import CURVES, Curves
-from foundation.errors import MissingError, ModelError, StopRequested
+from foundation.errors import Diverged, MissingError, StopRequested
 from foundation.memory import peak_memory_bytes
 from foundation.model import quiet_transformers
 from foundation.ranks import is_main, world
@@ -88,7 +88,7 @@ def tune(
 
     Only parameters that require gradients are trained. Writes work/curves.jsonl, a line a step. Returns the
     loss over the last tenth of the steps (nats per counted token) and what was trained. Raises StopRequested
-    after saving a checkpoint when the report asks to stop, ModelError when the loss is no longer finite.
+    after saving a checkpoint when the report asks to stop, Diverged when the loss is no longer finite.
     """
     from accelerate import PartialState
 
@@ -216,7 +216,7 @@ def _watcher(
                 return
             state.log_history.clear()  # the curves hold it; Trainer writes all of it into each checkpoint
             if not math.isfinite(logs["loss"]):
-                raise ModelError(
+                raise Diverged(
                     f"the loss is {logs['loss']} at step {state.global_step}",
                     hint="lower learning_rate, lengthen warmup_steps, or use precision = 'fp32'",
                 )

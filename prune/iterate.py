@@ -1,113 +1,388 @@
-"""Iterative layer pruning: score every layer, remove one, heal, and again (LayerKD).
+"""Iterative layer pruning: score the layers, remove the cheapest, heal, and again (LayerKD).
 
-The teacher of every healing is the original model. Each round is kept until the stage is done, so a kill costs
-at most one checkpoint interval of one healing. How healing and scoring work is not this room's affair: the
-stage table hands them in.
+The five methods that the paper compares are settings of this one stage:
+
+    ShortGPT                            importance = "influence", rescore = false, heals = false
+    iterative BI                        importance = "influence", heals = false
+    iterative BI + healing              importance = "influence"
+    iterative task score                heals = false
+    iterative task score + healing      (the defaults)
+
+The teacher of every healing is the model that the first layer was taken from. Every step is kept as a whole
+model, so a kill costs at most one checkpoint interval, and another pruning can branch from any of them. How
+healing, tasks and file sizes work is not this room's affair: the stage table hands them in.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from foundation.dataio import conversations
-from foundation.errors import ModelError
-from foundation.files import write_json
-from foundation.model import context_tokens, load, save
-from foundation.report import Report
-from foundation.rows import chat_rows
+from foundation.dataio import conversations, documents
+from foundation.errors import Diverged, InputError, ModelError
+from foundation.files import read_json, write_json
+from foundation.healing import HealSettings
+from foundation.model import context_tokens, load
+from foundation.report import Report, stop_if_asked
+from foundation.rows import Row, Rows, chat_rows, pack
+from foundation.shape import ModelShape
 from foundation.stage import Figures, Inputs, many, one
+from foundation.task import Task
+from foundation.tensors import TensorFiles, write_tensors
 from foundation.tokenizer import Tokenizer
-from foundation.tune import TuneSettings
-from prune.cut import cut
-from prune.importance import Score, leave_one_out
+from prune.cut import cut_folder
+from prune.importance import Costs, Importance, LoadTasks, Scorer, ScoringSettings, mean_score, scoring_tasks
+from prune.kept import Kept, kept_layers
+from prune.steps import Step, branch, folder_of, link_tree, model_digest, read_step, read_steps, write_step
+from prune.target import FileBytes, TargetSettings, layers_to_keep
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from transformers import PreTrainedModel
+
+    from foundation.settings import StageSettings
+
+TOLD_TYPES = ("F16", "Q8_0", "Q4_K_M")  # sizes in the record of every step
 
 
-class Settings(TuneSettings):
-    """How many layers go, and how the rest is healed after each (steps and the like are one healing's)."""
+class Settings(TargetSettings, ScoringSettings, HealSettings):
+    """How far, which layers, and how the rest is healed (steps and the like are one healing's)."""
 
-    remove_layers: int = Field(1, ge=1, description="layers to remove, one at a time")
-    sample_rows: int = Field(128, ge=1, description="conversations on which layers are scored")
-    trains: Literal["neighbours", "all"] = Field(
-        "neighbours", description="what heals: the layers beside the gap (published), or every weight"
+    importance: Importance = Field("task", description="what the layer that goes is chosen by")
+    rescore: bool = Field(True, description="score afresh after every step; false = once (ShortGPT)")
+    heals: bool = Field(True, description="train what is left after every step")
+    layers_per_step: int = Field(1, ge=1, description="layers that go at once; a block of them with 'angular'")
+    branch_step: int = Field(0, ge=0, description="step of `branch` to go on from; 0 = its last")
+    teacher_precision: Literal["fp32", "bf16", "nf4"] = Field(
+        "fp32", description="of the original model while it teaches"
     )
-    hidden_weight: float = Field(1.0, ge=0, description="weight of the hidden-state MSE against KL")
-    max_tokens: int = Field(1024, ge=8, description="longest conversation that is used")
+    label: str = Field("", max_length=80, description="name of this pruning in reports; empty = its method")
+
+    @model_validator(mode="after")
+    def _only_what_has_an_effect(self) -> Settings:
+        if not self.heals:
+            idle = [
+                name for name in HealSettings.model_fields if name not in ("seed", "checkpoint_every_steps")
+            ]
+            fields = type(self).model_fields
+            if changed := [name for name in idle if getattr(self, name) != fields[name].default]:
+                raise ValueError(f"{', '.join(changed)}: no effect with heals = false")
+        if self.importance == "angular" and not self.rescore and self.layers_per_step > 1:
+            raise ValueError("importance = 'angular' removes one block a step: set rescore = true")
+        return self
+
+    @property
+    def method(self) -> dict[str, Any]:
+        return {"importance": self.importance, "rescore": self.rescore, "heals": self.heals}
+
+    @property
+    def name(self) -> str:
+        """`label`, or the method in the paper's words."""
+        measure = {"influence": "BI", "task": "task score", "kl": "KL", "angular": "angular distance"}
+        if self.label:
+            return self.label
+        if self.importance == "influence" and not self.rescore and not self.heals:
+            return "ShortGPT"
+        return (
+            f"{'iterative' if self.rescore else 'one-shot'} {measure[self.importance]}"
+            + " + healing" * self.heals
+        )
 
 
-def run(settings: Settings, inputs: Inputs, out: Path, report: Report, *, heal: Any, score: Score) -> Figures:
-    """Write out/model, `model` with remove_layers fewer layers, and out/removed.json: the rounds and scores."""
-    folder, work = one(inputs, "model"), out / ".work"
-    tokenizer = Tokenizer(folder)
-    longest = min(settings.max_tokens, context_tokens(folder))
-    rows, _ = chat_rows(conversations(many(inputs, "data")), tokenizer, longest)
-    teacher = load(folder)
-    layers = teacher.config.num_hidden_layers
-    if settings.remove_layers >= layers:
-        raise ModelError(f"remove_layers = {settings.remove_layers}; the model has {layers}, and one must stay")
-    rounds: list[dict[str, Any]] = []
-    current = folder
-    for number in range(settings.remove_layers):
-        place = work / f"round-{number}"
-        if not (place / "round.json").is_file():
-            facts = _round(settings, current, teacher, rounds, rows, tokenizer, place, report, heal, score)
-            write_json(place / "round.json", facts)
-        rounds.append(json.loads((place / "round.json").read_text()))
-        current = place / "model"
-    shutil.copytree(current, out / "model", dirs_exist_ok=True)
-    (out / "removed.json").write_text(json.dumps({"layers": layers, "rounds": rounds}, indent=2) + "\n")
-    return {
-        "layers": layers - settings.remove_layers,
-        "removed": ", ".join(str(r["removed"]) for r in rounds),
-        "loss_before": rounds[0]["loss_before"],
-        "loss_cut": rounds[-1]["loss_cut"],
-        "loss_healed": rounds[-1]["loss_healed"],
-    }
+def disagreements(
+    settings: Settings, reads: Mapping[str, Sequence[tuple[str, StageSettings] | None]]
+) -> list[str]:
+    """What can not go together in a recipe."""
+    problems = []
+    if not any(role in reads for role in ("data", "corpus")) and settings.heals:
+        problems.append("healing needs something to read: conversations as `data`, or text as `corpus`")
+    if "data" not in reads and "tasks" not in reads:
+        problems.append("layers are scored on `tasks`, or on conversations given as `data`: neither is read")
+    if "teacher" in reads:
+        if not settings.heals:
+            problems.append("`teacher` is a store for healing, and heals = false")
+        if settings.hidden_loss != "none":
+            problems.append(
+                f"hidden_loss = {settings.hidden_loss!r} needs the live model: a store of top-K answers has no "
+                "hidden states; set hidden_loss = 'none', or do not read `teacher`"
+            )
+        if "corpus" in reads or "data" not in reads:
+            problems.append(
+                "a teacher's store goes with the conversations it was captured on: read `data` alone"
+            )
+    if settings.branch_step and "branch" not in reads:
+        problems.append(f"branch_step = {settings.branch_step}, and no `branch` is read")
+    return problems
 
 
-def _round(
+def run(
     settings: Settings,
-    current: Path,
-    teacher: Any,
-    rounds: list[dict[str, Any]],
-    rows: list[Any],
-    tokenizer: Tokenizer,
-    place: Path,
+    inputs: Inputs,
+    out: Path,
     report: Report,
-    heal: Any,
-    score: Score,
-) -> dict[str, Any]:
-    """One removal: the least valuable layer goes, its neighbours heal, the model is saved in place/model."""
-    sample, pad_id = rows[: settings.sample_rows], tokenizer.pad_id
-    model = load(current)
-    kept = list(range(teacher.config.num_hidden_layers))
-    for earlier in rounds:
-        del kept[earlier["at"]]
-    before = score(model, sample, pad_id)
-    scores = leave_one_out(model, sample, score, report, pad_id=pad_id)
-    at = min(range(len(scores)), key=scores.__getitem__)
-    cut(model, at)
-    removed = kept.pop(at)
-    report.note(f"layer {removed} goes: {before:.4f} nats per token with it, {scores[at]:.4f} without")
-    if settings.trains == "all":
-        trained = list(range(len(kept)))
-    else:
-        trained = sorted({max(at - 1, 0), min(at, len(kept) - 1)})
-    heal(
-        model, teacher, kept, trained, rows, settings, place / "heal", report,
-        pad_id=pad_id, hidden_weight=settings.hidden_weight,
-    )  # fmt: skip
-    healed = score(model, sample, pad_id)
-    save(model, current, place / "model")
+    *,
+    heal: Callable[..., Any],
+    tasks: LoadTasks,
+    measure: Callable[..., Any],
+    file_bytes: FileBytes,
+) -> Figures:
+    """Write out/steps/NN, a model for every step, and out/model, the last one that is good.
+
+    Raises ModelError for a target that can not be met, InputError for scoring sets that can not tell layers
+    apart, Diverged when the first healing does. A later one that diverges, or falls below quality_floor, ends
+    the pruning with the step before it.
+    """
+    pruning = _Pruning(settings, inputs, out, report, heal, tasks, measure, file_bytes)
+    steps = pruning.steps  # those that are there from an earlier try, or another pruning, are taken as they are
+    stopped_by = "target"
+    while len(pruning.kept.kept) > pruning.goal:
+        stop_if_asked(report)
+        try:
+            step = pruning.next()
+        except Diverged as error:
+            if not steps:
+                raise
+            report.note(f"step {len(steps) + 1} is given up, the one before it stands: {error.message}")
+            stopped_by = "divergence"
+            break
+        if settings.quality_floor is not None and step.score < settings.quality_floor * step.score_original:
+            report.note(
+                f"step {step.step} scores {step.score:.4f}, below {settings.quality_floor:g} of the original's "
+                f"{step.score_original:.4f}; the step before it is the result"
+            )
+            stopped_by = "quality_floor"
+            break
+        steps.append(step)
+    if not steps:
+        raise ModelError(
+            "not one layer can go: the score falls below quality_floor at once",
+            hint="lower quality_floor, heal for more steps, or keep the model as it is",
+        )
+    last = steps[-1]
+    link_tree(folder_of(out / "steps", last.step) / "model", out / "model")
     return {
-        "removed": removed,
-        "at": at,
-        "scores": scores,
-        "loss_before": before,
-        "loss_cut": scores[at],
-        "loss_healed": healed,
+        "layers": len(last.kept),
+        "removed": ", ".join(str(layer) for step in steps for layer in step.removed),
+        "score_original": last.score_original,
+        "score": last.score,
+        "parameters": last.parameters,
+        "stopped_by": stopped_by,
     }
+
+
+class _Pruning:
+    """Everything that the steps share, and the model as the last of them left it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        inputs: Inputs,
+        out: Path,
+        report: Report,
+        heal: Callable[..., Any],
+        tasks: LoadTasks,
+        measure: Callable[..., Any],
+        file_bytes: FileBytes,
+    ) -> None:
+        self.settings, self.inputs, self.out, self.report = settings, inputs, out, report
+        self.heal, self.measure, self.file_bytes = heal, measure, file_bytes
+        self.folder, self.work = one(inputs, "model"), out / ".work"
+        self.tokenizer = Tokenizer(self.folder)
+        self.base = kept_layers(self.folder)
+        self.goal = layers_to_keep(settings, self.folder, file_bytes)
+        self.original = model_digest(self.folder)
+        self.loaded: list[Task] = scoring_tasks(settings, inputs, self.folder, tasks, report)
+        self.steps: list[Step] = []
+        if "branch" in inputs:
+            branch(one(inputs, "branch"), settings.branch_step, out / "steps", self.original)
+            last = list(read_steps(out / "steps"))[-1]
+            if len(last.kept) < self.goal:
+                raise InputError(
+                    f"step {last.step} of `branch` has {len(last.kept)} layers; the target is {self.goal}",
+                    hint="branch from an earlier step (branch_step), or set a deeper target",
+                )
+        self._teacher: PreTrainedModel | None = None
+        self._rows: Rows[Row] | None = None
+
+    @property
+    def current(self) -> Path:
+        """The model that the next layer is taken from."""
+        return folder_of(self.out / "steps", len(self.steps)) / "model" if self.steps else self.folder
+
+    @property
+    def kept(self) -> Kept:
+        return kept_layers(self.current)
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        if self._teacher is None:
+            self._teacher = load(self.folder, precision=self.settings.teacher_precision)
+            self._teacher.requires_grad_(False)
+        return self._teacher
+
+    @property
+    def rows(self) -> Rows[Row]:
+        """What healing reads: conversations, with answers counted, and blocks of text, counted whole."""
+        if self._rows is None:
+            longest = min(self.settings.max_tokens, context_tokens(self.folder))
+            parts: list[Rows[Row]] = []
+            if many(self.inputs, "data"):
+                chats, too_long = chat_rows(conversations(many(self.inputs, "data")), self.tokenizer, longest)
+                if too_long:
+                    self.report.note(
+                        f"{too_long} conversations are longer than {longest} tokens and were left out"
+                    )
+                parts.append(chats)
+            if many(self.inputs, "corpus"):
+                texts = documents(many(self.inputs, "corpus"))
+                parts.append(pack(texts, self.tokenizer, longest, self.work / "text"))
+            if not parts:
+                raise InputError("healing needs `data` or `corpus`", hint="or set heals = false")
+            self._rows = parts[0] if len(parts) == 1 else _Both(*parts)
+        return self._rows
+
+    def next(self) -> Step:
+        """One step: the cheapest layers go, the rest heals, steps/NN is written whole."""
+        number = len(self.steps) + 1
+        place, work = folder_of(self.out / "steps", number), self.work / f"step-{number:02d}"
+        if done := read_step(place):
+            return done
+        kept, report = self.kept, self.report
+        work.mkdir(parents=True, exist_ok=True)
+        costs, before = self._costs(work, number)
+        count = min(self.settings.layers_per_step, len(kept.kept) - self.goal)
+        gone = costs.cheapest(count) if costs.width == 1 else costs.cheapest(count)[:count]
+        removed = [kept.kept[at] for at in gone]
+        report.note(f"step {number}: layer {', '.join(map(str, removed))} goes")
+        left = cut_folder(self.current, gone, work / "cut", report=report)
+        target = place.with_name(f"{place.name}.partial")
+        shutil.rmtree(target, ignore_errors=True)
+        cut_score = before - costs.values[gone[0]] if costs.whole is not None and len(gone) == 1 else None
+        healed: dict[str, float | int] = {}
+        if self.settings.heals:
+            healed = self._heal(work, gone, left, target / "model")
+            shutil.copyfile(work / "heal" / "curves.jsonl", target / "curves.jsonl")
+        else:
+            link_tree(work / "cut", target / "model")
+        after = self._score(target / "model")
+        step = Step(
+            step=number,
+            label=self.settings.name,
+            method=self.settings.method,
+            original=self.original,
+            original_layers=kept.original_layers,
+            removed=removed,
+            kept=list(left.kept),
+            importance={str(kept.kept[at]): value for at, value in enumerate(costs.values)},
+            interval=costs.separation and {"separation": costs.separation, "runner_up": costs.runner_up},
+            score_original=self.steps[0].score_original if self.steps else before,
+            score_before=before,
+            score_cut=cut_score if self.settings.heals else after,
+            score_healed=after if self.settings.heals else None,
+            parameters=ModelShape.from_folder(target / "model").parameters(),
+            gguf_bytes=self._file_sizes(target / "model"),
+            healing=healed,
+            model=model_digest(target / "model"),
+        )
+        write_step(target, step)
+        shutil.rmtree(place, ignore_errors=True)
+        target.replace(place)
+        shutil.rmtree(work)
+        report.note(
+            f"step {number}: score {step.score:.4f} with {len(step.kept)} layers, "
+            f"{step.score_original:.4f} with all {self.base.original_layers}"
+        )
+        return step
+
+    def _costs(self, work: Path, number: int) -> tuple[Costs, float]:
+        """(costs of the layers that are left, score of the model before this step); kept for a resumed step."""
+        kept = self.kept.kept
+        if not self.settings.rescore and self.steps:
+            first = self.steps[0].importance
+            return Costs([first[str(layer)] for layer in kept]), self.steps[-1].score
+        known = read_json(work / "costs.json")
+        if isinstance(known, dict):
+            return Costs(**known["costs"]), known["before"]
+        scorer = Scorer(
+            self.loaded, self.settings, work / "scores", self.report,
+            pad_id=self.tokenizer.pad_id, with_kl=self.settings.importance == "kl",
+        )  # fmt: skip
+        kind, width = self.settings.importance, 1
+        if kind == "angular":
+            width = min(self.settings.layers_per_step, len(kept) - self.goal)
+        original = self.teacher if kind == "kl" and self.steps else None
+        costs = scorer.costs(kind, load(self.current), f"step {number}", original=original, width=width)
+        before = self.steps[-1].score if self.steps else self._score(self.folder)
+        write_json(work / "costs.json", {"costs": vars(costs), "before": before})
+        return costs, before
+
+    def _file_sizes(self, folder: Path) -> dict[str, int]:
+        """Bytes as GGUF by type; none for a model that llama.cpp can not compute, such as Mistral's windows."""
+        try:
+            return {kind: self.file_bytes(folder, kind) for kind in TOLD_TYPES}
+        except ModelError as error:
+            self.report.note(f"no GGUF sizes: {error.message}")
+            return {}
+
+    def _score(self, folder: Path) -> float:
+        """Mean score of the model in `folder` on the tasks that layers are scored on."""
+        found = self.measure(
+            load(folder), self.loaded, self.tokenizer.pad_id, self.report, batch_rows=self.settings.score_rows
+        )
+        return mean_score([task.scores for task in found])
+
+    def _heal(self, work: Path, gone: Sequence[int], left: Kept, out: Path) -> dict[str, float | int]:
+        """Heal work/cut into `out`; what did not train keeps its bytes. Returns figures of the training."""
+        gaps = sorted({at - number for number, at in enumerate(sorted(gone))})
+        places = [self.base.kept.index(layer) for layer in left.kept]
+        store = one(self.inputs, "teacher") if "teacher" in self.inputs else None
+        healed = self.heal(
+            work / "cut",
+            None if store else self.teacher,
+            places,
+            gaps,
+            self.rows,
+            self.settings,
+            work / "heal",
+            self.report,
+            pad_id=self.tokenizer.pad_id,
+            store=store,
+            tokenizer=self.tokenizer,
+        )
+        link_tree(work / "cut", out)
+        for path in out.glob("*.safetensors*"):
+            path.unlink()
+        trained = healed.model.state_dict()
+        changed = {name: trained[name] for name in healed.changed}
+        write_tensors(out, _with(TensorFiles(work / "cut"), changed))
+        return dict(healed.figures)
+
+
+class _Both:
+    """Rows of one source after those of another."""
+
+    def __init__(self, *parts: Rows[Row]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, index: int, /) -> Row:
+        for part in self._parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+
+def _with(files: TensorFiles, changed: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors of `files` with those in `changed` in their place, in the precision that the files have."""
+    for name, tensor in files.items():
+        new = changed.get(name)
+        yield name, tensor if new is None else new.detach().cpu().to(tensor.dtype)

@@ -7,6 +7,7 @@ So a layer keeps its own kind of attention when its neighbours go, which is what
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from foundation.head import Head, hidden_of
@@ -21,12 +22,20 @@ class Walk:
 
     inputs[i] is the input [B, T, D] of layer i; outputs is that of the last layer, before the final norm;
     hidden is the head's input, after it. `passes` counts passes of one batch through one layer.
+    `keep(i, input of layer i)` is called as the batch goes through, in place of keeping `inputs`: L of them at
+    once may be more than the memory holds.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: dict[str, torch.Tensor],
+        keep: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         self.model: Any = model
         self.layers = list(self.model.model.layers)
         self.inputs: list[torch.Tensor] = []
+        self._hand_on = keep
         self._beside: list[dict[str, Any]] = []
         handles = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in self.layers]
         handles.append(self.layers[-1].register_forward_hook(self._keep_last))
@@ -56,7 +65,10 @@ class Walk:
 
     def _keep(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.inputs.append(hidden)
+        if self._hand_on:
+            self._hand_on(len(self._beside), hidden)
+        else:
+            self.inputs.append(hidden)
         self._beside.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
 
     def _keep_last(self, _: Any, __: Any, output: Any) -> None:

@@ -182,13 +182,57 @@ KINDS: Mapping[str, Kind] = {
         },
         keeps={".work/answers.jsonl": "answers.jsonl"},
     ),
+    # ----------------------------------------------------------------------------------------- fewer layers
+    "prune.importance": _kind(
+        "prune.importance",
+        "say what each layer of a model is worth",
+        reads={"model": "one", "data": "optional_many", "tasks": "optional_many"},
+        writes={"importance": "importance.json"},
+        handed={"tasks": "evaluation.tasks:load_tasks"},
+    ),
+    "prune.cut": _kind(
+        "prune.cut",
+        "remove named layers from a model",
+        reads={"model": "one"},
+        writes={"model": "model"},
+    ),
     "prune.iterate": _kind(
         "prune.iterate",
         "remove layers one by one and heal after each",
-        reads={"model": "one", "data": "many"},
-        writes={"model": "model"},
-        handed={"heal": "distill.heal:heal", "score": "evaluation.bits:mean_nll"},
-        version=2,
+        reads={
+            "model": "one",
+            "data": "optional_many",
+            "corpus": "optional_many",
+            "tasks": "optional_many",
+            "teacher": "optional",
+            "branch": "optional",
+        },
+        writes={"model": "model", "steps": "steps"},
+        handed={
+            "heal": "distill.heal:heal",
+            "tasks": "evaluation.tasks:load_tasks",
+            "measure": "evaluation.tasks:measure",
+            "file_bytes": "export.predict:gguf_bytes",
+        },
+        agrees="prune.iterate:disagreements",
+        version=3,
+    ),
+    "prune.report": _kind(
+        "prune.report",
+        "lay prunings side by side: scores, order, sizes",
+        reads={"model": "one", "steps": "many", "tasks": "many", "dense": "optional_many"},
+        writes={
+            "report": "report.json",
+            "page": "report.md",
+            "score": "score.svg",
+            "order": "order.svg",
+            "frequency": "frequency.svg",
+        },
+        handed={
+            "tasks": "evaluation.tasks:load_tasks",
+            "measure": "evaluation.tasks:measure",
+            "gguf_bytes": "export.predict:gguf_bytes",
+        },
     ),
     # ------------------------------------------------------------------------------------------ measuring
     "evaluation.score": _kind(

@@ -122,6 +122,8 @@ def test_score_stage_measures_what_is_given(tmp_path: Path) -> None:
     [
         ((), "nothing to score"),
         (("model",), "both a model and texts"),
+        (("gguf", "tasks"), "tasks a model"),
+        (("gguf", "texts", "tasks"), "tasks a model"),
         (("gguf", "texts"), "both a model and texts"),
         (("model", "texts", "profiles"), "generated from a GGUF file"),
     ],
@@ -129,6 +131,92 @@ def test_score_stage_measures_what_is_given(tmp_path: Path) -> None:
 def test_no_role_is_passed_over(tmp_path: Path, roles: tuple[str, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
         score.run(score.Settings(label="x"), {role: tmp_path / role for role in roles}, tmp_path, Silent())
+
+
+TASKS = {
+    "facts": [
+        {"prompt": "The squat trains", "choices": [" the legs", " the core"], "answer": n % 2}
+        for n in range(15)
+    ],
+    "tasks_answers_en": [
+        {"messages": [{"role": "user", "content": f"Rest {n}"}, {"role": "assistant", "content": "run, squat"}]}
+        for n in range(3)
+    ],
+    "copies": [{"prompt": "Copy this: squat\n", "copy": "squat"}],
+}
+
+
+def test_score_stage_measures_tasks_alone(folder: Path, tmp_path: Path) -> None:
+    """Scores, items and intervals of each task, from the formulas; no texts are needed."""
+    paths = tuple(tmp_path / f"{name}.jsonl" for name in TASKS)
+    for path, records in zip(paths, TASKS.values(), strict=True):
+        write_jsonl(path, records)
+    figures = score.run(
+        score.Settings(label="x", max_items=12), {"model": folder, "tasks": paths}, tmp_path, Silent()
+    )
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert set(written) == {"label", "tasks", "task_mean"} and list(written["tasks"]) == list(TASKS)
+    tasks = written["tasks"]
+    assert [task["items"] for task in tasks.values()] == [12, 3, 1]
+
+    # The same two choices twelve times, right in turn: shares p, 1 - p, .. of mean .5, whatever the model.
+    model, tokenizer = load(folder), Tokenizer(folder)
+    before = [tokenizer.boundary_id, *tokenizer.encode("The squat trains")]
+    logs = []
+    for choice in TASKS["facts"][0]["choices"]:
+        ids = tokenizer.encode(choice)
+        with torch.no_grad():
+            found = model(torch.tensor([[*before, *ids]])).logits[0].double().log_softmax(-1)
+        logs.append(sum(found[len(before) - 1 + place, token].item() for place, token in enumerate(ids)))
+    p = 1 / (1 + math.exp(logs[1] - logs[0]))
+    half = 2.200985 * abs(p - 0.5) / math.sqrt(11)  # t(11) s / sqrt 12; s^2 = 12 (p - .5)^2 / 11
+    facts = tasks["facts"]
+    assert facts["score"] == pytest.approx(0.5, abs=1e-6) and facts["accuracy"] == 0.5
+    assert (facts["low"], facts["high"]) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-3)
+    assert tasks["tasks_answers_en"]["perplexity"] > 1
+    assert (tasks["copies"]["low"], tasks["copies"]["high"]) == (
+        0.0,
+        1.0,
+    )  # one item says nothing of its spread
+    mean = sum(task["score"] for task in tasks.values()) / 3
+    assert figures["task_mean"] == written["task_mean"]["score"] == pytest.approx(mean)
+    assert figures["task_facts"] == facts["score"]
+
+
+def test_tables_of_tasks(tmp_path: Path) -> None:
+    def score_of(label: str, tasks: dict[str, tuple[float, float]]) -> Path:
+        path = tmp_path / f"{label}.json"
+        found = {
+            name: {"score": value, "low": value - half, "high": value + half, "items": 50}
+            for name, (value, half) in tasks.items()
+        }
+        mean = {"score": sum(value for value, _ in tasks.values()) / max(1, len(tasks))}
+        path.write_text(json.dumps({"label": label} | ({"tasks": found, "task_mean": mean} if tasks else {})))
+        return path
+
+    paths = (
+        score_of("both", {"tasks_choices_english": (0.5, 0.01), "mmlu": (0.25, 0.04)}),
+        score_of("one", {"mmlu": (0.3, 0.02)}),
+        score_of("none", {}),
+    )
+    compare.run(compare.Settings(), {"scores": paths}, tmp_path, Silent())
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert table["columns"] == ["model", "valid mean", "choices english", "mmlu", "task mean", "MB"]
+    assert table["rows"] == [
+        ["both", "", "0.500", "0.250", "0.375", ""],
+        ["one", "", "", "0.300", "", ""],  # a mean over other tasks can not be compared
+        ["none", "", "", "", "", ""],
+    ]
+    assert table["notes"] == ["tasks of 50 items or more; 95 % intervals of at most +-0.040"]
+
+
+def test_long_items_of_a_short_model_are_noted(folder: Path, tmp_path: Path) -> None:
+    """The model's own 128 tokens count where `task_tokens` allows more."""
+    path = tmp_path / "copies.jsonl"
+    write_jsonl(path, [*TASKS["copies"], {"prompt": "run " * 90, "copy": "squat " * 90}])
+    report = Silent()
+    score.run(score.Settings(label="x"), {"model": folder, "tasks": (path,)}, tmp_path, report)
+    assert [note for note in report.notes if "128 tokens and are left out" in note]
 
 
 def test_texts_of_one_name_are_told_apart_or_refused(folder: Path, tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def agreement(folder: Path, gguf: Path, tokens: int = 160) -> dict:
             "gemma3_text",
             GEMMA | {"num_hidden_layers": 4, "layer_types": ["full_attention", *["sliding_attention"] * 3]},
         ),
+        ("gemma3_text", GEMMA | {"head_dim": 24, "query_pre_attn_scalar": 40}),
+        ("gemma3_text", GEMMA | {"head_dim": 24, "query_pre_attn_scalar": 40, "num_hidden_layers": 62}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
@@ -92,6 +94,17 @@ def test_each_known_fault_shows_in_the_logits(
         monkeypatch.setattr("export.gguf.rope_divisors", lambda shape: None)
     found = agreement(folder, export(folder, tmp_path / "out"))
     assert found["kl_mean"] > 1e-3
+
+
+@pytest.mark.parametrize("layers", [4, 62])
+def test_an_attention_scale_left_to_llama_cpp_shows(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are sized so that llama.cpp's own scale, 24 or 64 // 4, is not the model's."""
+    changes = GEMMA | {"head_dim": 24, "query_pre_attn_scalar": 40, "num_hidden_layers": layers}
+    monkeypatch.setattr(architectures, "query_factor", lambda shape: 1.0)
+    folder = model_folder(tmp_path / "hf", "gemma3_text", **changes)
+    assert agreement(folder, export(folder, tmp_path / "out"))["kl_mean"] > 1e-3
 
 
 def test_rope_divisors_are_those_of_transformers(tmp_path: Path) -> None:
@@ -194,7 +207,6 @@ def test_an_interrupted_export_leaves_no_file_and_can_be_repeated(
         ("qwen2", {"head_dim": 24}, "4 heads of 24 are not the hidden size 64"),
         ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-        ("gemma3_text", GEMMA | {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20 is not head_dim 16"),
         ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, "soft-capped"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,14 +11,28 @@ from pydantic import ValidationError
 
 from corpora.world.stage import Settings, run
 from corpora.world.validate import Profile, load_profiles, validate
+from evaluation.tasks.load import read_lines
 from foundation.errors import StopRequested
 from foundation.report import Silent
 
 SMALL = Settings(documents=300, held_documents=40, pairs_per_profile=2, held_profiles=150)
-FILES = {
-    "english.jsonl", "russian.jsonl", "english_held.jsonl", "russian_held.jsonl", "chat_english.jsonl",
-    "chat_russian.jsonl", "profiles.jsonl", "world.json",
-}  # fmt: skip
+# sha256, first 16 digits, of what SMALL wrote before there were tasks, whose draws must shift no other's.
+DIGESTS = {
+    "chat_english.jsonl": "fa297af610e1701e",
+    "chat_russian.jsonl": "7d1e42a225642c76",
+    "english.jsonl": "e2b094874c0d3ce0",
+    "english_held.jsonl": "7b9b77df25d83958",
+    "profiles.jsonl": "6915e75697f10049",
+    "russian.jsonl": "13d3888afd61b6ad",
+    "russian_held.jsonl": "c54183032e5f99d6",
+    "world.json": "c762ede4a2c32d58",
+}
+TASKS = {
+    f"tasks_{kind}_{language}.jsonl"
+    for kind in ("choices", "facts", "answers")
+    for language in ("english", "russian")
+}
+FILES = set(DIGESTS) | TASKS
 
 
 def lines(path: Path) -> list[dict]:
@@ -71,6 +86,27 @@ def test_same_seed_same_bytes_and_a_killed_stage_starts_over(tmp_path: Path) -> 
     (tmp_path / "c").mkdir()
     other = written(tmp_path / "c", SMALL.model_copy(update={"seed": 18}))
     assert all(other[name] != first[name] for name in FILES - {"world.json"})
+
+
+def test_tasks_left_the_other_files_as_they_were(tmp_path: Path) -> None:
+    made = written(tmp_path, SMALL)
+    found = {name: hashlib.sha256(made[name]).hexdigest()[:16] for name in DIGESTS}
+    assert found == DIGESTS
+
+
+def test_tasks_can_be_loaded_and_ask_only_held_out_profiles(tmp_path: Path) -> None:
+    figures = run(SMALL, {}, tmp_path, Silent())
+    asked = [record["messages"][0]["content"] for record in load_profiles(tmp_path / "profiles.jsonl")]
+    assert figures["held_profiles"] == 150
+    for language, questions in (("english", asked[:150]), ("russian", asked[150:])):
+        kind, items = read_lines(tmp_path / f"tasks_choices_{language}.jsonl", 300)
+        assert kind == "choices" and [item["messages"][0]["content"] for item in items] == questions
+        kind, items = read_lines(tmp_path / f"tasks_answers_{language}.jsonl", 300)
+        assert kind == "perplexity" and [item["messages"][0]["content"] for item in items] == questions
+        kind, items = read_lines(tmp_path / f"tasks_facts_{language}.jsonl", 300)
+        assert kind == "choices" and len(items) == 144
+        assert read_lines(tmp_path / f"chat_{language}.jsonl", 300)[0] == "perplexity"
+    assert read_lines(tmp_path / "profiles.jsonl", 300)[0] == "programmes"
 
 
 def test_one_size_does_not_change_the_other_files(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stage `corpora.world`: write the flight-crew world's texts, instruction pairs and held-out profiles.
+"""Stage `corpora.world`: write the flight-crew world's texts, instruction pairs, held-out profiles and tasks.
 
 It reads nothing. Each file is drawn from its own stream of random numbers, named after the file, so asking
 for more Russian documents does not change the English ones.
@@ -16,6 +16,7 @@ from corpora.world.baseline import constant_share
 from corpora.world.facts import LANGUAGES
 from corpora.world.pairs import pairs, question
 from corpora.world.profiles import every_profile, split
+from corpora.world.tasks import answers, choices, known_facts
 from corpora.world.text import documents
 from foundation.dataio import write_jsonl
 from foundation.report import Report, stop_if_asked
@@ -56,6 +57,13 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         write_jsonl(out / f"{name}.jsonl", ({"text": text} for text in texts))
         write_jsonl(out / f"{name}_held.jsonl", ({"text": text} for text in kept))
         write_jsonl(out / f"chat_{name}.jsonl", made)
+        tasks = {
+            f"tasks_choices_{name}": choices(held, language, stream(f"tasks_choices_{name}")),
+            f"tasks_facts_{name}": known_facts(language, stream(f"tasks_facts_{name}")),
+            f"tasks_answers_{name}": answers(held, language, stream(f"tasks_answers_{name}")),
+        }
+        for task, items in tasks.items():
+            write_jsonl(out / f"{task}.jsonl", items)
         figures |= {
             f"{name}_documents": len(texts),
             f"{name}_characters": sum(map(len, texts)),

@@ -1,0 +1,161 @@
+"""What prune.iterate leaves behind, read back: one run of removals, step by step.
+
+    steps/01/model/      the model after the first step, a Hugging Face folder
+    steps/01/step.json   what went in it, what that cost, how large the rest is: see steps.py
+    steps/02/ ...
+    steps/03.partial/    a step that was given up: passed over
+
+Layers are numbered as in the original model, in every step. A file of ours that does not follow from the ones
+before it was altered, so everything here is refused rather than guessed. Not here: scores of these models.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from foundation.errors import ArtifactError
+from foundation.shape import ModelShape
+from prune.steps import FORMAT, RECORD, folder_of
+
+AGAIN = "name the `steps` of a finished prune.iterate stage; if it is one, run that stage again"
+STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+SHA256 = "^[0-9a-f]{64}$"
+Score = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # one of them is a difference of two: let it round
+
+
+class Method(BaseModel):
+    """How the layers of a run were chosen, and whether the rest was healed."""
+
+    model_config = STRICT
+
+    importance: Literal["task", "influence", "angular", "kl"]
+    rescore: bool
+    heals: bool
+
+
+class Step(BaseModel):
+    """step.json. Scores are those on the tasks that chose the layers, in [0, 1]."""
+
+    model_config = STRICT
+
+    format: int = Field(ge=FORMAT, le=FORMAT)
+    step: int = Field(ge=1)
+    method: Method
+    label: str = Field(min_length=1)
+    original_layers: int = Field(ge=2)
+    removed: tuple[int, ...] = Field(min_length=1)
+    kept: tuple[int, ...] = Field(min_length=1)
+    importance: dict[int, float]
+    interval: dict[str, Any] | None
+    score_original: Score | None
+    score_before: Score | None
+    score_cut: Score | None
+    score_healed: Score | None
+    parameters: int = Field(ge=1)
+    gguf_bytes: dict[str, int]
+    healing: dict[str, float]
+    original: str = Field(pattern=SHA256)  # digest of the model that the first step was cut from
+    model: str = Field(pattern=SHA256)  # and of the one that this step left
+
+    @property
+    def score(self) -> float | None:
+        """Of the model that the step left."""
+        return self.score_cut if self.score_healed is None else self.score_healed
+
+
+class History(NamedTuple):
+    """One run. `models[i]` is the folder that `steps[i]` left."""
+
+    steps: tuple[Step, ...]
+    models: tuple[Path, ...]
+
+    @property
+    def label(self) -> str:
+        """On one line, for tables and pictures."""
+        return " ".join(self.steps[0].label.split())
+
+    @property
+    def method(self) -> Method:
+        return self.steps[0].method
+
+    @property
+    def original_layers(self) -> int:
+        return self.steps[0].original_layers
+
+    @property
+    def base(self) -> tuple[int, ...]:
+        """Layers of the model that the run began with: all of the original's, or what earlier cuts left."""
+        return tuple(sorted(self.steps[0].kept + self.steps[0].removed))
+
+    @property
+    def order(self) -> list[list[int]]:
+        """Original numbers of the layers that went, by step."""
+        return [list(step.removed) for step in self.steps]
+
+
+def read_history(folder: Path) -> History:
+    """The run in `folder`. Raises ArtifactError for a step that is missing, altered or does not follow."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    names = sorted(path.name for path in found if path.name[0] != "." and path.suffix != ".partial")
+    if not names:
+        raise ArtifactError(f"{folder}: no steps in it", hint=AGAIN)
+    if strange := [name for name in names if not re.fullmatch(r"[0-9]{2,}", name)]:
+        raise ArtifactError(f"{folder}: {strange[0]} is no step; they are called 01, 02, ...", hint=AGAIN)
+    numbers = sorted(map(int, names))
+    if missing := sorted(set(range(1, numbers[-1] + 1)) - set(numbers)) or [n for n in numbers if n < 1]:
+        raise ArtifactError(f"{folder}: steps {numbers} are there, {missing[0]:02d} does not fit", hint=AGAIN)
+    places = [folder_of(folder, number) for number in numbers]
+    steps = [_read_step(place, number) for place, number in zip(places, numbers, strict=True)]
+    history = History(tuple(steps), tuple(place / "model" for place in places))
+    before = history.base
+    if len(set(before)) < len(before) or not 0 <= before[0] <= before[-1] < history.original_layers:
+        raise ArtifactError(
+            f"{places[0] / RECORD}: layers {list(before)} of {history.original_layers}", hint=AGAIN
+        )
+    for place, step in zip(places, steps, strict=True):
+        _check_follows(place, step, steps[0], before)
+        before = step.kept
+    return history
+
+
+def _read_step(place: Path, number: int) -> Step:
+    path = place / RECORD
+    try:
+        step = Step.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path}: can not be read: {error.strerror}", hint=AGAIN) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{path}: {where}: {first['msg']}", hint=AGAIN) from None
+    if step.step != number:
+        raise ArtifactError(f"{path}: says step {step.step}", hint=AGAIN)
+    return step
+
+
+def _check_follows(place: Path, step: Step, first: Step, before: tuple[int, ...]) -> None:
+    """Raise ArtifactError unless `step` removes layers of `before`, and its model has what is then left."""
+    path = place / RECORD
+    for name in ("label", "method", "original", "original_layers"):
+        if getattr(step, name) != getattr(first, name):
+            raise ArtifactError(f"{path}: its {name} is not that of step 01", hint=AGAIN)
+    left = tuple(layer for layer in before if layer not in step.removed)
+    if len(left) + len(step.removed) != len(before) or step.kept != left:
+        raise ArtifactError(
+            f"{path}: {list(before)} less {list(step.removed)} are not {list(step.kept)}", hint=AGAIN
+        )
+    if not (place / "model" / "config.json").is_file() or not list((place / "model").glob("*.safetensors")):
+        raise ArtifactError(f"{place / 'model'}: no config.json and weights in it", hint=AGAIN)
+    shape = ModelShape.from_folder(place / "model")
+    if (shape.layers, shape.parameters()) != (len(left), step.parameters):
+        raise ArtifactError(
+            f"{place / 'model'}: {shape.layers} layers, {shape.parameters():,} parameters; "
+            f"step.json says {len(left)} and {step.parameters:,}",
+            hint=AGAIN,
+        )
