@@ -51,3 +51,5 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/capture_speed.py --result benchmarks/results/capture_speed.json
 	$(BIN)/python benchmarks/kd_grid.py
 	$(BIN)/python benchmarks/synthesis.py --catalogue $(DATA)/instructions/exercises/exercises.json --work runs/synthesis
+	$(BIN)/python benchmarks/leave_one_out.py
+	$(BIN)/python benchmarks/layer_pruning.py

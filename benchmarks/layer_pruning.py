@@ -1,7 +1,7 @@
 """The five ways of removing layers that LayerKD compares, and its mixtures of losses, in miniature.
 
-Each seed is a run of its own under runs/layer_pruning/: a model of 12 layers that knows the flight-crew world is
-trained, a dense one of 8 layers beside it, and then layers are removed by every method to two thirds of the
+Each seed is a run of its own under runs/layer_pruning/: a model of 12 layers that knows the flight-crew world
+is trained, a dense one of 8 layers beside it, and then layers are removed by every method to two thirds of the
 depth; prune.report measures all of them on profiles that were never trained on. stories260K, a model that
 nobody here trained, goes from 5 layers to 3. A stage that is done is never done again.
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks" / "layer_pruning"
 RESULT = ROOT / "benchmarks" / "results" / "layer_pruning.json"
 PICTURES = ROOT / "docs" / "pruning"
+DATA = Path(os.environ.get("SAMOVAR_DATA", ROOT.parent / "shared" / "data"))
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 
 METHODS = {
@@ -40,8 +41,8 @@ METHODS = {
 }
 LOGITS = ("kl", "kl_100", "kl_reverse", "kl_scaled", "logprob_mse", "logit_mse")
 HIDDEN = ("none", "last", "trained", "trained_last", "all")
-# As many mixtures as the paper's table 1: each logit loss alone and with the default hidden states, each choice of
-# hidden states beside plain KL, and hidden states without any logits.
+# As many mixtures as the paper's table 1: each logit loss alone and with the default hidden states, each choice
+# of hidden states beside plain KL, and hidden states without any logits.
 LOSSES = [
     *((logits, "none") for logits in LOGITS),
     *((logits, "trained_last") for logits in LOGITS),
@@ -57,7 +58,7 @@ READS = {
     "stories260k": 'reads = { model = "model", corpus = "corpus", tasks = ["choosing"] }',
 }
 REPORTED = {
-    "world": '["world.profiles", "world.choices_english", "world.choices_russian"]',
+    "world": '["world.profiles", "world.tasks_choices_english", "world.tasks_choices_russian"]',
     "stories260k": '["held", "continued"]',
 }
 REMOVED = {"world": 4, "stories260k": 2}
@@ -69,7 +70,9 @@ def recipe(data: str, seed: int) -> str:
     text = re.sub(r"(?m)^seed = \d+$", f"seed = {seed}", text)
     stages = [text]
     for name, settings in METHODS.items():
-        stages.append(_stage(name, data, f"remove_layers = {REMOVED[data]}\n" + settings.format(heal=HEAL[data])))
+        stages.append(
+            _stage(name, data, f"remove_layers = {REMOVED[data]}\n" + settings.format(heal=HEAL[data]))
+        )
     losses = []
     for logits, hidden in LOSSES if data == "world" else ():
         name = f"{logits}__{hidden}"
@@ -101,6 +104,107 @@ def run(data: str, seed: int, out: Path) -> Path:
     return folder
 
 
+def write_stories(out: Path) -> None:
+    """stories260K's own stories: to heal on, to choose layers on, and held out; with greedy continuations."""
+    import torch
+
+    from foundation.dataio import write_jsonl
+    from foundation.greedy import greedy
+    from foundation.model import load
+    from foundation.report import Silent
+    from foundation.tokenizer import Tokenizer
+
+    folder, model_folder = out / "stories260k", DATA / "models" / "stories260K"
+    if (folder / "continued.jsonl").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model").unlink(missing_ok=True)
+    (folder / "model").symlink_to(model_folder.resolve(), target_is_directory=True)
+    model, tokenizer = load(model_folder), Tokenizer(model_folder)
+    texts: list[str] = []
+    torch.manual_seed(17)
+    while len(texts) < 1600:
+        start = torch.full((100, 1), tokenizer.boundary_id)
+        made = model.generate(start, do_sample=True, top_k=0, max_new_tokens=220, pad_token_id=tokenizer.pad_id)
+        texts += [tokenizer.decode(ids[1:].tolist()).strip() for ids in made]
+        print(f"\rstories260K wrote {len(texts)} stories", end="", flush=True)
+    parts = {"text": texts[:1300], "choosing": texts[1300:1430], "held": texts[1430:]}
+    for name, part in parts.items():
+        write_jsonl(folder / f"{name}.jsonl", ({"text": text} for text in part))
+    begun = [text[:80].rsplit(" ", 1)[0] for text in parts["held"]]
+    prompts = [[tokenizer.boundary_id, *tokenizer.encode(text)] for text in begun]
+    stops = frozenset({tokenizer.eos_id} - {None})
+    answers = greedy(model, prompts, answer_tokens=64, stop_ids=stops, pad_id=tokenizer.pad_id, report=Silent())
+    pairs = zip(begun, answers, strict=True)
+    lines = ({"prompt": text, "reference": tokenizer.decode(ids)} for text, ids in pairs)
+    write_jsonl(folder / "continued.jsonl", lines)
+
+
+def figures(folder: Path, report: str) -> dict[str, Any]:
+    """What the tables are made of, out of a run's report: scores by label and depth, order, dense models."""
+    found = json.loads((folder / report / "report.json").read_text(encoding="utf-8"))
+    methods = {
+        method["label"]: {
+            "order": method["order"][0],
+            "depths": [
+                {
+                    "removed": row["layers_removed"],
+                    "score": row["score"]["mean"],
+                    "tasks": {name: task["mean"] for name, task in row["tasks"].items()},
+                    "parameters": row["parameters"],
+                    "q4_k_m_bytes": row["gguf_bytes"].get("Q4_K_M"),
+                }
+                for row in method["depths"]
+            ],
+        }
+        for method in found["methods"]
+    }
+    dense = {
+        name: {
+            "score": found["models"][name]["score"]["mean"],
+            "tasks": {task: value["mean"] for task, value in found["models"][name]["tasks"].items()},
+            "parameters": found["models"][name]["parameters"],
+        }
+        for name in found["dense"]
+    }
+    return {"layers": found["layers"], "methods": methods, "dense": dense}
+
+
+def show(found: dict[str, Any]) -> None:
+    """The tables, over the seeds that are there: mean and half of the 95 % interval."""
+    for name, by_seed in found.items():
+        if name == "machine":
+            continue
+        seeds = list(by_seed.values())
+        print(f"\n{name}: {len(seeds)} seed(s) {', '.join(by_seed)}, score of 1 and (share of the original's)")
+        depths = [row["removed"] for row in next(iter(seeds[0]["methods"].values()))["depths"]]
+        print(f"{'layers removed':36}" + "".join(f"{n:>22}" for n in depths))
+        for label in seeds[0]["methods"]:
+            cells = []
+            for place in range(len(depths)):
+                scores = [seed["methods"][label]["depths"][place]["score"] for seed in seeds]
+                whole = [seed["methods"][label]["depths"][0]["score"] for seed in seeds]
+                shares = [score / base for score, base in zip(scores, whole, strict=True)]
+                cells.append(f"{mean(scores)} ({statistics.mean(shares):.0%})")
+            print(f"{label:36}" + "".join(f"{cell:>22}" for cell in cells))
+        for dense in seeds[0]["dense"]:
+            print(f"{'dense: ' + dense:36}{mean([seed['dense'][dense]['score'] for seed in seeds]):>22}")
+        print("order in which layers went, in original numbers")
+        for label in seeds[0]["methods"]:
+            orders = [
+                " ".join("+".join(map(str, step)) for step in seed["methods"][label]["order"]) for seed in seeds
+            ]
+            print(f"{label:36}" + " | ".join(orders))
+
+
+def mean(values: list[float]) -> str:
+    """Mean and half of its 95 % interval over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=HEAL, default=list(HEAL))
@@ -114,9 +218,23 @@ def main() -> int:
             write_stories(options.out)
         for seed in options.seeds:
             for data in options.data:
-                keep(found, data, seed, run(data, seed, options.out))
-    tables(found)
+                folder = run(data, seed, options.out)
+                for report in ("methods", "losses"):
+                    if (folder / report).is_dir():
+                        found.setdefault(f"{data}, {report}", {})[str(seed)] = figures(folder, report)
+                    if seed == options.seeds[0] and (folder / report).is_dir():
+                        keep_pictures(folder / report, f"{data}-{report}")
+                found["machine"] = {"python": platform.python_version(), "cores": os.cpu_count()}
+                RESULT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    show(found)
     return 0
+
+
+def keep_pictures(report: Path, name: str) -> None:
+    """The first seed's pictures, for docs/pruning.md."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for picture in ("score", "order", "frequency"):
+        shutil.copyfile(report / f"{picture}.svg", PICTURES / f"{name}-{picture}.svg")
 
 
 if __name__ == "__main__":

@@ -13,60 +13,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import NamedTuple
 
 from foundation.errors import ArtifactError
 from foundation.shape import ModelShape
-from prune.steps import FORMAT, RECORD, folder_of
-
-AGAIN = "name the `steps` of a finished prune.iterate stage; if it is one, run that stage again"
-STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-SHA256 = "^[0-9a-f]{64}$"
-Score = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # one of them is a difference of two: let it round
-
-
-class Method(BaseModel):
-    """How the layers of a run were chosen, and whether the rest was healed."""
-
-    model_config = STRICT
-
-    importance: Literal["task", "influence", "angular", "kl"]
-    rescore: bool
-    heals: bool
-
-
-class Step(BaseModel):
-    """step.json. Scores are those on the tasks that chose the layers, in [0, 1]."""
-
-    model_config = STRICT
-
-    format: int = Field(ge=FORMAT, le=FORMAT)
-    step: int = Field(ge=1)
-    method: Method
-    label: str = Field(min_length=1)
-    original_layers: int = Field(ge=2)
-    removed: tuple[int, ...] = Field(min_length=1)
-    kept: tuple[int, ...] = Field(min_length=1)
-    importance: dict[int, float]
-    interval: dict[str, Any] | None
-    score_original: Score | None
-    score_before: Score | None
-    score_cut: Score | None
-    score_healed: Score | None
-    parameters: int = Field(ge=1)
-    gguf_bytes: dict[str, int]
-    healing: dict[str, float]
-    original: str = Field(pattern=SHA256)  # digest of the model that the first step was cut from
-    model: str = Field(pattern=SHA256)  # and of the one that this step left
-
-    @property
-    def score(self) -> float | None:
-        """Of the model that the step left."""
-        return self.score_cut if self.score_healed is None else self.score_healed
+from prune.steps import AGAIN, RECORD, Method, Step, folder_of, read_step
 
 
 class History(NamedTuple):
@@ -77,12 +28,12 @@ class History(NamedTuple):
 
     @property
     def label(self) -> str:
-        """On one line, for tables and pictures."""
-        return " ".join(self.steps[0].label.split())
+        """Of the last step, where a run went on from another one; on one line, for tables and pictures."""
+        return " ".join(self.steps[-1].label.split())
 
     @property
     def method(self) -> Method:
-        return self.steps[0].method
+        return self.steps[-1].method
 
     @property
     def original_layers(self) -> int:
@@ -125,24 +76,18 @@ def read_history(folder: Path) -> History:
 
 
 def _read_step(place: Path, number: int) -> Step:
-    path = place / RECORD
-    try:
-        step = Step.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{path}: can not be read: {error.strerror}", hint=AGAIN) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ArtifactError(f"{path}: {where}: {first['msg']}", hint=AGAIN) from None
+    step = read_step(place)
+    if step is None:
+        raise ArtifactError(f"{place / RECORD}: is missing", hint=AGAIN)
     if step.step != number:
-        raise ArtifactError(f"{path}: says step {step.step}", hint=AGAIN)
+        raise ArtifactError(f"{place / RECORD}: says step {step.step}", hint=AGAIN)
     return step
 
 
 def _check_follows(place: Path, step: Step, first: Step, before: tuple[int, ...]) -> None:
     """Raise ArtifactError unless `step` removes layers of `before`, and its model has what is then left."""
     path = place / RECORD
-    for name in ("label", "method", "original", "original_layers"):
+    for name in ("original", "original_layers"):
         if getattr(step, name) != getattr(first, name):
             raise ArtifactError(f"{path}: its {name} is not that of step 01", hint=AGAIN)
     left = tuple(layer for layer in before if layer not in step.removed)

@@ -11,6 +11,7 @@ As a stage, prune.importance tells them all side by side and removes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from prune.leave_one_out import leave_one_out
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
+
+MODELS_ANSWERING = 4  # side by side; on a CPU faster than all at once, whose keys and values fill its caches
 
 Importance = Literal["task", "kl", "influence", "angular"]
 LoadTasks = Callable[..., list[Task]]
@@ -164,6 +167,7 @@ class Scorer:
                 model, task.prompts,
                 answer_tokens=task.answer_tokens, stop_ids=task.stop_ids, pad_id=self.pad_id,
                 report=self.report, batch_rows=settings.score_rows, work=work / f"answers-{number}",
+                variants_at_once=MODELS_ANSWERING,
                 identity=identity,
             )  # fmt: skip
             whole.append(task.scores(made.whole))
@@ -197,6 +201,11 @@ def _costs(whole: Items, without: list[Items]) -> Costs:
     """Mean over tasks of the mean over items, and whether the cheapest candidate can be told from the rest."""
     score = mean_score(whole)
     values = [score - mean_score(items) for items in without]
+    if broken := [place for place, value in enumerate(values) if not math.isfinite(value)]:
+        raise ModelError(
+            f"without layer {broken[0]} (of {len(values)}, as the model is) the scores are no numbers",
+            hint="its weights hold NaN or infinity, or overflow: was it trained in fp16?",
+        )
     if len(values) == 1:
         return Costs(values, whole=score)
     order = sorted(range(len(values)), key=values.__getitem__)

@@ -37,7 +37,18 @@ from foundation.tokenizer import Tokenizer
 from prune.cut import cut_folder
 from prune.importance import Costs, Importance, LoadTasks, Scorer, ScoringSettings, mean_score, scoring_tasks
 from prune.kept import Kept, kept_layers
-from prune.steps import Step, branch, folder_of, link_tree, model_digest, read_step, read_steps, write_step
+from prune.steps import (
+    FORMAT,
+    Method,
+    Step,
+    branch,
+    folder_of,
+    link_tree,
+    model_digest,
+    read_step,
+    read_steps,
+    write_step,
+)
 from prune.target import FileBytes, TargetSettings, layers_to_keep
 
 if TYPE_CHECKING:
@@ -78,8 +89,8 @@ class Settings(TargetSettings, ScoringSettings, HealSettings):
         return self
 
     @property
-    def method(self) -> dict[str, Any]:
-        return {"importance": self.importance, "rescore": self.rescore, "heals": self.heals}
+    def method(self) -> Method:
+        return Method(importance=self.importance, rescore=self.rescore, heals=self.heals)
 
     @property
     def name(self) -> str:
@@ -272,19 +283,20 @@ class _Pruning:
             link_tree(work / "cut", target / "model")
         after = self._score(target / "model")
         step = Step(
+            format=FORMAT,
             step=number,
             label=self.settings.name,
             method=self.settings.method,
             original=self.original,
             original_layers=kept.original_layers,
-            removed=removed,
-            kept=list(left.kept),
-            importance={str(kept.kept[at]): value for at, value in enumerate(costs.values)},
+            removed=tuple(removed),
+            kept=left.kept,
+            importance={kept.kept[at]: value for at, value in enumerate(costs.values)},
             interval=costs.separation and {"separation": costs.separation, "runner_up": costs.runner_up},
             score_original=self.steps[0].score_original if self.steps else before,
             score_before=before,
             score_cut=cut_score if self.settings.heals else after,
-            score_healed=after if self.settings.heals else None,
+            score=after,
             parameters=ModelShape.from_folder(target / "model").parameters(),
             gguf_bytes=self._file_sizes(target / "model"),
             healing=healed,
@@ -305,7 +317,7 @@ class _Pruning:
         kept = self.kept.kept
         if not self.settings.rescore and self.steps:
             first = self.steps[0].importance
-            return Costs([first[str(layer)] for layer in kept]), self.steps[-1].score
+            return Costs([first[layer] for layer in kept]), self.steps[-1].score
         known = read_json(work / "costs.json")
         if isinstance(known, dict):
             return Costs(**known["costs"]), known["before"]

@@ -92,10 +92,6 @@ def run(
     histories = read_histories(many(inputs, "steps"), original)
     dense = dense_names(many(inputs, "dense"))
     task_files = many(inputs, "tasks")
-    if not task_files and all(step.score is None for history in histories for step in history.steps):
-        raise InputError(
-            "nothing to compare: no `tasks`, and no scores in the steps", hint="give task files as `tasks`"
-        )
     folders = {"original": (histories[0].steps[0].original, original)}
     for number, history in enumerate(histories, 1):
         for step, folder in zip(history.steps, history.models, strict=True):

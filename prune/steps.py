@@ -11,44 +11,57 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foundation.errors import ArtifactError, InputError
-from foundation.files import read_json, sha256_file, tree_digest, visible_files, write_json, writing
+from foundation.files import sha256_file, tree_digest, visible_files, write_json, writing
 
 FORMAT = 1
 RECORD = "step.json"
+AGAIN = "name the `steps` of a finished prune.iterate stage; if it is one, run that stage again"
 
 
-@dataclass(frozen=True)
-class Step:
-    """The record of one step. Scores are means over tasks, 0 to 1; None where they were not measured."""
+STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+SHA256 = "^[0-9a-f]{64}$"
+Score = Annotated[float, Field(ge=-1e-6, le=1 + 1e-6)]  # one of them is a difference of two: let it round
 
-    step: int
-    label: str
-    method: dict[str, Any]  # importance, rescore, heals
-    original: str  # content digest of the model that the first step was cut from
-    original_layers: int
-    removed: list[int]
-    kept: list[int]
-    importance: dict[str, float]  # original number -> cost of removing it (or the block that begins with it)
+
+class Method(BaseModel):
+    """How the layers of a run were chosen, and whether the rest was healed."""
+
+    model_config = STRICT
+
+    importance: Literal["task", "influence", "angular", "kl"]
+    rescore: bool
+    heals: bool
+
+
+class Step(BaseModel):
+    """step.json. Scores are means over the tasks that choose the layers, in [0, 1]; None = not measured."""
+
+    model_config = STRICT
+
+    format: int = Field(ge=FORMAT, le=FORMAT)
+    step: int = Field(ge=1)
+    method: Method
+    label: str = Field(min_length=1)
+    original_layers: int = Field(ge=2)
+    removed: tuple[int, ...] = Field(min_length=1)
+    kept: tuple[int, ...] = Field(min_length=1)
+    importance: dict[int, float]  # cost of removing a layer, or the block that begins with it
     interval: dict[str, Any] | None  # separation and runner_up: see importance.Costs
-    score_original: float
-    score_before: float
-    score_cut: float | None
-    score_healed: float | None
-    parameters: int
+    score_original: Score
+    score_before: Score
+    score_cut: Score | None  # of the model that was cut and not healed
+    score: Score  # of the model that the step left
+    parameters: int = Field(ge=1)
     gguf_bytes: dict[str, int]
-    healing: dict[str, float | int]  # the loss at its end and the like
-    model: str  # content digest of model/
-
-    @property
-    def score(self) -> float:
-        """Of the model as it stands in this step."""
-        found = self.score_cut if self.score_healed is None else self.score_healed
-        return float("nan") if found is None else found
+    healing: dict[str, float]  # the training's figures
+    original: str = Field(pattern=SHA256)  # digest of the model that the first step was cut from
+    model: str = Field(pattern=SHA256)  # and of the one that this step left
 
 
 def folder_of(steps: Path, number: int) -> Path:
@@ -57,23 +70,22 @@ def folder_of(steps: Path, number: int) -> Path:
 
 def write_step(folder: Path, step: Step) -> None:
     """Raises RunError when the disk is full."""
-    write_json(folder / RECORD, {"format": FORMAT, **asdict(step)})
+    write_json(folder / RECORD, step.model_dump(mode="json"))
 
 
 def read_step(folder: Path) -> Step | None:
-    """The step in `folder`, None where it is not complete. Raises ArtifactError for another format."""
-    value = read_json(folder / RECORD)
-    if not isinstance(value, dict):
+    """The step in `folder`, None where none was finished. Raises ArtifactError for a record that is no such."""
+    path = folder / RECORD
+    if not path.exists():
         return None
     try:
-        if value.pop("format") != FORMAT:
-            raise KeyError("format")
-        return Step(**value)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{folder / RECORD}: not the record of a pruning step ({error})",
-            hint="prune again, into a new folder",
-        ) from None
+        return Step.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{path}: can not be read: {error.strerror}", hint=AGAIN) from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ArtifactError(f"{path}: {where}: {first['msg']}", hint=AGAIN) from None
 
 
 def read_steps(steps: Path) -> Iterator[Step]:

@@ -97,7 +97,7 @@ def _model(name: str, measured: Measured) -> dict[str, Any]:
 
 def _run(number: int, history: History) -> dict[str, Any]:
     """One run's removals in original numbering, with the scores on the tasks that chose them."""
-    keys = ("removed", "kept", "importance", "interval", "score_before", "score_cut", "score_healed")
+    keys = ("removed", "kept", "importance", "interval", "score_before", "score_cut", "score")
     steps = [step.model_dump(mode="json", include=set(keys)) for step in history.steps]
     return {"number": number, "label": history.label, "order": history.order, "steps": steps}
 

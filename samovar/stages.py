@@ -101,7 +101,14 @@ KINDS: Mapping[str, Kind] = {
             "chat_russian": "chat_russian.jsonl",
             "profiles": "profiles.jsonl",
             "facts": "world.json",
+            "tasks_choices_english": "tasks_choices_english.jsonl",
+            "tasks_choices_russian": "tasks_choices_russian.jsonl",
+            "tasks_facts_english": "tasks_facts_english.jsonl",
+            "tasks_facts_russian": "tasks_facts_russian.jsonl",
+            "tasks_answers_english": "tasks_answers_english.jsonl",
+            "tasks_answers_russian": "tasks_answers_russian.jsonl",
         },
+        version=2,
     ),
     "corpora.prepare": _kind(
         "corpora.prepare",
@@ -237,8 +244,14 @@ KINDS: Mapping[str, Kind] = {
     # ------------------------------------------------------------------------------------------ measuring
     "evaluation.score": _kind(
         "evaluation.score",
-        "measure one model: bits per byte, share of valid answers",
-        reads={"model": "optional", "gguf": "optional", "texts": "optional_many", "profiles": "optional"},
+        "measure one model: bits per byte, tasks, share of valid answers",
+        reads={
+            "model": "optional",
+            "gguf": "optional",
+            "texts": "optional_many",
+            "tasks": "optional_many",
+            "profiles": "optional",
+        },
         writes={"scores": "scores.json"},
     ),
     "evaluation.compare": _kind(

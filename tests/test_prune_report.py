@@ -22,7 +22,7 @@ from foundation.report import Silent
 from foundation.shape import ModelShape
 from prune import report
 from prune.kept import Kept, write_kept
-from prune.steps import Step, model_digest, write_step
+from prune.steps import model_digest
 
 HEALS = {"importance": "task", "rescore": True, "heals": True}
 SHORT = {"importance": "influence", "rescore": False, "heals": False}
@@ -61,13 +61,13 @@ def write_steps(folder: Path, models: dict[str, Path], told: dict[str, Any], **c
             "score_original": 0.8,
             "score_before": 0.8,
             "score_cut": 0.3,
-            "score_healed": 0.4 if told.get("method", HEALS)["heals"] else None,
+            "score": 0.4 if told.get("method", HEALS)["heals"] else 0.3,
             "parameters": ModelShape.from_folder(models[name]).parameters(),
             "gguf_bytes": {"F16": 30, "Q8_0": 20, "Q4_K_M": 10},
             "healing": {},
             "model": model_digest(place / "model"),
         }
-        write_step(place, Step(**{**step, **changes}))
+        (place / "step.json").write_text(json.dumps({"format": 1, **step, **changes}))
     return folder
 
 
@@ -366,8 +366,8 @@ ONE = {"label": "l", "steps": {"a1": [3], "a2": [1]}}
         ({"step": 7}, "says step 7"),
         ({"original_layers": 3}, "of 3"),
         ({"label": ""}, "label"),
-        ({"score_healed": 1.5}, "score_healed"),
-        ({"score_healed": "high"}, "score_healed"),
+        ({"score": 1.5}, "score"),
+        ({"score": "high"}, "score"),
         ({"parameters": 5}, "says 5 and 5"),
         ({"model": "short"}, "model"),
         ({"method": {**HEALS, "importance": "luck"}}, "method.importance"),
@@ -392,12 +392,12 @@ def test_torn_folders_are_refused(models: dict[str, Path], tmp_path: Path) -> No
     refused(lambda steps: shutil.rmtree(steps / "01"), "01 does not fit")
     refused(lambda steps: shutil.rmtree(steps), "no steps in it")
     refused(lambda steps: (steps / "final").mkdir(), "final is no step")
-    refused(lambda steps: (steps / "02" / "step.json").unlink(), "can not be read")
+    refused(lambda steps: (steps / "02" / "step.json").unlink(), "is missing")
     refused(lambda steps: (steps / "02" / "step.json").write_text('{"format": 1'), "the file: Invalid JSON")
     refused(lambda steps: (steps / "02" / "model" / "model.safetensors").unlink(), "no config.json and weights")
     other = json.loads((write_steps(tmp_path / "x", models, ONE) / "02" / "step.json").read_text())
-    new = json.dumps({**other, "label": "other"})
-    refused(lambda steps: (steps / "02" / "step.json").write_text(new), "its label is not that of step 01")
+    new = json.dumps({**other, "original": "0" * 64})
+    refused(lambda steps: (steps / "02" / "step.json").write_text(new), "its original is not that of step 01")
     new = json.dumps({**other, "format": 2})
     refused(lambda steps: (steps / "02" / "step.json").write_text(new), "format")
     given_up = write_steps(tmp_path / "y", models, ONE)
@@ -428,10 +428,3 @@ def test_scores_that_are_none_are_refused(
     bench = Bench(models, {"*": {"hard": scores, "easy": [0.5, 0.5]}})
     with pytest.raises(ModelError, match="original: its scores of hard are not numbers between 0 and 1"):
         made(bench, tmp_path, models, runs, tasks)
-
-
-def test_nothing_to_compare_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    told = {"label": "l", "steps": {"a1": [3]}}
-    steps = write_steps(tmp_path / "steps", models, told, score_cut=None, score_healed=None)
-    with pytest.raises(InputError, match="nothing to compare"):
-        made(Bench(models, TABLE), tmp_path / "out", models, [steps])
