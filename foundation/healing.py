@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from foundation.tune import TuneSettings
 
 LogitLoss = Literal["none", "kl", "kl_100", "kl_reverse", "kl_scaled", "logprob_mse", "logit_mse"]
+STORED: tuple[LogitLoss, ...] = ("kl", "kl_100", "kl_reverse")  # those that a top-K store can serve
 HiddenLoss = Literal["none", "last", "trained", "trained_last", "all"]
 
 
@@ -33,3 +34,33 @@ class HealSettings(TuneSettings):
         "trained_last", description="layers whose outputs are drawn together by MSE"
     )
     hidden_weight: float = Field(1.0, gt=0, description="weight of the hidden-state MSE")
+
+    @model_validator(mode="after")
+    def _only_what_heals(self) -> HealSettings:
+        """Refuse what would learn nothing, and what would have no effect."""
+        if self.logit_loss == self.hidden_loss == "none":
+            raise ValueError("logit_loss and hidden_loss are both 'none': nothing would be learnt; set one")
+        needs = {
+            "lora_rank": (self.trains == "lora", "trains = 'lora'"),
+            "lora_alpha": (self.trains == "lora", "trains = 'lora'"),
+            "logit_temperature": (self.logit_loss == "kl_scaled", "logit_loss = 'kl_scaled'"),
+            "hidden_weight": (self.hidden_loss != "none", "a hidden_loss"),
+        }
+        fields = HealSettings.model_fields
+        for name, (used, where) in needs.items():
+            if not used and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect but with {where}; leave it out")
+        return self
+
+    def refused_by_a_store(self) -> list[str]:
+        """What these settings ask for and a store of top-K answers, in place of a live teacher, has not."""
+        problems = []
+        if self.hidden_loss != "none":
+            problems.append(
+                f"hidden_loss = {self.hidden_loss!r} needs a live teacher: a store holds no hidden states; "
+                "set hidden_loss = 'none', or do not read `teacher`"
+            )
+        if self.logit_loss not in STORED:
+            served = ", ".join(STORED)
+            problems.append(f"logit_loss = {self.logit_loss!r} needs a live teacher; a store serves {served}")
+        return problems

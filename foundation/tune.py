@@ -116,6 +116,7 @@ def tune(
     if settings.gradient_checkpointing:
         # Not reentrant: gradients then reach LoRA's weights though the embedding, being frozen, needs none.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # or frozen layers below the first that trains would run twice
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if latest is not None:
         report.note(f"going on from {latest.name}")

@@ -118,11 +118,7 @@ def disagreements(
     if "teacher" in reads:
         if not settings.heals:
             problems.append("`teacher` is a store for healing, and heals = false")
-        if settings.hidden_loss != "none":
-            problems.append(
-                f"hidden_loss = {settings.hidden_loss!r} needs the live model: a store of top-K answers has no "
-                "hidden states; set hidden_loss = 'none', or do not read `teacher`"
-            )
+        problems += settings.refused_by_a_store()
         if "corpus" in reads or "data" not in reads:
             problems.append(
                 "a teacher's store goes with the conversations it was captured on: read `data` alone"

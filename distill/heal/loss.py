@@ -26,25 +26,10 @@ from foundation.losses import counted, predicting
 if TYPE_CHECKING:
     import torch
 
-STORED = {"kl": ("forward_kl", 1.0), "kl_100": ("forward_kl", SHARE), "kl_reverse": ("reverse_kl", 1.0)}
+SERVED = {"kl": ("forward_kl", 1.0), "kl_100": ("forward_kl", SHARE), "kl_reverse": ("reverse_kl", 1.0)}
 """What a top-K store can serve: logit_loss -> (loss of distill.losses, weight)."""
 
 Batch = dict[str, "torch.Tensor"]
-
-
-def check(settings: HealSettings, with_store: bool) -> list[str]:
-    """What can not be in these settings, in words; with_store: a top-K store is the teacher, none is live."""
-    logit, hidden = settings.logit_loss, settings.hidden_loss
-    problems = []
-    if logit == hidden == "none":
-        problems.append(
-            "logit_loss = 'none' and hidden_loss = 'none': nothing would be learnt; set one of them"
-        )
-    if with_store and hidden != "none":
-        problems.append(f"hidden_loss = {hidden!r} needs a live teacher; with a store set hidden_loss = 'none'")
-    if with_store and logit not in ("none", *STORED):
-        problems.append(f"logit_loss = {logit!r} needs a live teacher; a store serves {', '.join(STORED)}")
-    return problems
 
 
 class HealingLoss:
@@ -102,7 +87,7 @@ class HealingLoss:
         return chunked_divergence(hidden, head, target, target_head, kind, chunk_rows=self.chunk_rows)
 
     def _stored(self, hidden: torch.Tensor, head: Head, batch: Batch) -> torch.Tensor:
-        name, weight = STORED[self.settings.logit_loss]
+        name, weight = SERVED[self.settings.logit_loss]
         if missing := [column for column in LOSSES[name].reads if column not in batch]:
             raise ModelError(
                 f"the batch has no column {', '.join(missing)}", hint="lay the teacher's store beside the rows"
