@@ -34,7 +34,10 @@ class Rows(Protocol[Item]):
 
 
 class PackedRows:
-    """Documents joined end to end and cut into rows of `block_tokens`; every token is a label."""
+    """Documents joined end to end and cut into rows of `block_tokens`; all tokens but a row's first are labels.
+
+    The first has nothing before it: were it counted, a step would be divided by tokens that it has no loss of.
+    """
 
     def __init__(self, path: Path, block_tokens: int) -> None:
         import numpy as np
@@ -48,7 +51,9 @@ class PackedRows:
         import numpy as np
 
         ids = np.asarray(self._tokens[index], dtype=np.int64)
-        return {"input_ids": ids, "labels": ids}
+        labels = ids.copy()
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels}
 
 
 def pack(texts: Iterable[str], tokenizer: Tokenizer, block_tokens: int, work: Path) -> PackedRows:

@@ -123,7 +123,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"corpus": "many", "tokenizer": "optional"},
         writes={"model": "model"},
         distributed=True,
-        version=2,
+        version=3,
     ),
     "adaptation.vocabulary": _kind(
         "adaptation.vocabulary",
@@ -143,7 +143,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"model": "one", "corpus": "many"},
         writes={"model": "model"},
         distributed=True,
-        version=2,
+        version=3,
     ),
     "adaptation.propagate": _kind(
         "adaptation.propagate",
