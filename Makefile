@@ -43,6 +43,7 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/stories260k.py
 	$(BIN)/python benchmarks/kill_capture.py --trials 30 --result benchmarks/results/kill_capture.json
 	$(BIN)/python benchmarks/kill_training.py --trials 30 --result benchmarks/results/kill_training.json
+	$(BIN)/python benchmarks/kill_pruning.py --trials 30 --result benchmarks/results/kill_pruning.json
 	$(BIN)/python benchmarks/teacher152k.py
 	$(BIN)/python benchmarks/store_sizes.py
 	$(BIN)/python benchmarks/sampled_entries.py

@@ -212,6 +212,7 @@ def run_missing(cells: list[Cell], work: Path, jobs: int) -> None:
     """Every cell without figures, `jobs` at a time."""
     done = finished()
     missing = [cell for cell in cells if cell not in done]
+    missing.sort(key=lambda cell: cell.loss in OTHER_LOSSES)  # the paper's own tables first
     print(f"{len(cells)} cells, {len(missing)} to do", flush=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,8 +39,9 @@ from distill.shard_file import (
     write_shard,
 )
 from foundation.chat import IGNORED
-from foundation.errors import ArtifactError, ModelError
+from foundation.errors import ArtifactError, InputError, ModelError
 from foundation.files import sha256_file, write_json
+from foundation.model import read_config
 from foundation.report import Report
 from foundation.rows import Row, Rows
 from foundation.tokenizer import Tokenizer
@@ -214,6 +216,28 @@ class TopKStore:
         if shard.lengths[place] != (row["labels"][1:] != IGNORED).sum():
             raise shard.damaged(f"conversation {place + 1} has {shard.lengths[place]} positions")
         return shard.columns(place, self.header.top_k)
+
+    def check_student(self, folder: Path, setting: str, loss: str, supports: Mapping[str, str]) -> None:
+        """Prove that the student in `folder` can learn from this store by `loss`, which is what `setting` says.
+
+        supports: loss -> the kind of store that it reads. Raises InputError for another kind than this one,
+        ModelError when the teacher speaks of ids that the student has no row for.
+        """
+        wanted, found = supports[loss], self.header.support
+        if wanted != found:
+            fitting = ", ".join(name for name, support in supports.items() if support == found)
+            raise InputError(
+                f"{setting} = {loss!r} reads a store with support = {wanted!r}; this one has {found!r}",
+                hint=(f"set {setting} to one of {fitting}; or " if fitting else "")
+                + f"capture with support = {wanted!r}",
+            )
+        ids = self.header.vocab_tokens
+        rows = int(read_config(folder).get("vocab_size", ids))
+        if rows < ids:
+            raise ModelError(
+                f"{folder}: the student has {rows} ids, the teacher's distributions {ids}",
+                hint="both must share a vocabulary: give the student the teacher's tokenizer first",
+            )
 
     def beside(self, rows: Rows[Row], tokenizer: Tokenizer, *, temperature: float) -> Rows[Row]:
         """`rows` with the teacher's columns laid beside their labels, [T, ...], zeros where nothing counts.

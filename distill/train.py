@@ -21,11 +21,11 @@ from pydantic import Field, model_validator
 
 from distill.adapters import Backend, Lora, merged, taken_off, with_adapters
 from distill.losses import LOSSES, make_loss
-from distill.store import Header, TopKStore
+from distill.store import TopKStore
 from foundation.curves import CURVES
 from foundation.dataio import conversations
-from foundation.errors import InputError, ModelError
-from foundation.model import context_tokens, load, read_config, save
+from foundation.errors import InputError
+from foundation.model import context_tokens, load, save
 from foundation.ranks import is_main
 from foundation.report import Report
 from foundation.rows import JoinedRows, Row, Rows, chat_rows
@@ -174,22 +174,6 @@ def _store(settings: Settings, inputs: Inputs, tokenizer: Tokenizer) -> TopKStor
     if not kind.reads:
         return None
     store = TopKStore(one(inputs, "teacher"))
-    if kind.support != store.header.support:
-        found = store.header.support
-        fitting = [name for name, other in LOSSES.items() if other.reads and other.support == found]
-        raise InputError(
-            f"loss = {settings.loss!r} reads a store with support = {kind.support!r}; this one has {found!r}",
-            hint=f"set loss to one of {', '.join(fitting)}; or capture with support = {kind.support!r}",
-        )
-    _check_vocabulary(store.header, tokenizer.folder)
+    supports = {name: other.support for name, other in LOSSES.items() if other.reads}
+    store.check_student(tokenizer.folder, "loss", settings.loss, supports)
     return store
-
-
-def _check_vocabulary(header: Header, folder: Path) -> None:
-    """Raise ModelError when the teacher speaks of ids that the student has no row for."""
-    rows = int(read_config(folder).get("vocab_size", header.vocab_tokens))
-    if rows < header.vocab_tokens:
-        raise ModelError(
-            f"{folder}: the student has {rows} ids, the teacher's distributions {header.vocab_tokens}",
-            hint="both must share a vocabulary: give the student the teacher's tokenizer first",
-        )

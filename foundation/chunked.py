@@ -20,8 +20,9 @@ float64 where hidden states and head are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,6 +49,12 @@ Gradients = list["torch.Tensor | None"]
 
 PerPosition = Callable[[Readings, slice], "tuple[torch.Tensor, dict[str, torch.Tensor]]"]
 """(readings of the positions in a slice, the slice) -> (loss [n], figures: name -> [n], for the record)"""
+
+PerChunk = Callable[
+    ["torch.Tensor", slice], "tuple[torch.Tensor, dict[str, torch.Tensor], Callable[[], torch.Tensor]]"
+]
+"""(logits z [n, V] of the positions in a slice, the slice) -> (loss [n], figures: name -> [n], what then gives
+d(sum of loss)/dz [n, V]); z may be used up"""
 
 
 def chunked_nll(hidden: torch.Tensor, head: Head, gold: torch.Tensor, *, chunk_rows: int = 0) -> torch.Tensor:
@@ -78,14 +85,30 @@ def chunked_loss(
     it is not; gold [N]. chunk_rows = 0: as many positions at once as CHUNK_BYTES holds. A second backward
     pass through the result is refused: the gradient is scaled in place.
     """
+    reader = _Reader(ids, present, gold, per_position, temperature)
+    return over_chunks(hidden, head, reader, buffers=1 + (temperature != 1), chunk_rows=chunk_rows)
+
+
+def over_chunks(
+    hidden: torch.Tensor, head: Head, per_chunk: PerChunk, *, buffers: int, chunk_rows: int = 0
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(sum of a loss over N positions, sums of its figures), as in chunked_loss, of any loss of whole logits.
+
+    buffers: how many [n, V] a chunk needs, its logits among them, without soft-cap and half precision.
+    """
     import torch
 
-    projected = [(project(hidden), weight) for project, weight in head.factors]
-    tensors = [tensor for pair in projected for tensor in pair] + ([] if head.bias is None else [head.bias])
+    tensors = multiplied(hidden, head)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    job = _Job(head, ids, present, gold, per_position, temperature, chunk_rows, wanted)
+    job = _Job(head, per_chunk, buffers, chunk_rows, wanted)
     total, sums = _function().apply(job, *tensors)
     return total, dict(zip(job.names, sums.unbind(), strict=True))
+
+
+def multiplied(hidden: torch.Tensor, head: Head) -> list[torch.Tensor]:
+    """What makes logits: (its input [N, D_f], its weight [V, D_f]) of each factor, and the bias [V]."""
+    pairs = [(project(hidden), weight) for project, weight in head.factors]
+    return [tensor for pair in pairs for tensor in pair] + ([] if head.bias is None else [head.bias])
 
 
 @cache
@@ -97,7 +120,7 @@ def _function() -> Any:
         @staticmethod
         def forward(ctx: Any, job: _Job, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             with half_products(job.head.operand):
-                total, sums, ctx.gradients = job.run(*tensors)
+                total, sums, ctx.gradients = job.run(tensors)
             ctx.mark_non_differentiable(sums)
             return total, sums
 
@@ -115,78 +138,102 @@ class _Job:
     """One call: everything but the tensors that may have gradients."""
 
     def __init__(
-        self,
-        head: Head,
-        ids: torch.Tensor,
-        present: torch.Tensor,
-        gold: torch.Tensor,
-        per_position: PerPosition,
-        temperature: float,
-        chunk_rows: int,
-        wanted: list[bool],
+        self, head: Head, per_chunk: PerChunk, buffers: int, chunk_rows: int, wanted: list[bool]
     ) -> None:
-        self.head, self.ids, self.present, self.gold = head, ids, present, gold
-        self.per_position, self.temperature = per_position, temperature
+        self.head, self.per_chunk, self.buffers = head, per_chunk, buffers
         self.chunk_rows, self.wanted = chunk_rows, wanted
         self.names: tuple[str, ...] = ()
 
-    def run(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Gradients | None]:
+    def run(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Gradients | None]:
         """(total, sums in the order of self.names, gradients of `tensors`: None for those not wanted)."""
         import torch
 
-        paired = 2 * len(self.head.factors)
-        hidden, weights, bias = tensors[:paired:2], tensors[1:paired:2], tensors[paired:]
-        dtype = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
-        # Beside the head itself a factor is thin (LoRA): float32 costs it little.
-        products = [Product(w, self.head.operand if n == 0 else dtype, dtype) for n, w in enumerate(weights)]
+        weight = tensors[1]
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        logits = Logits(self.head, tensors, dtype)
         gradients = [
             torch.zeros(tensor.shape, dtype=dtype, device=tensor.device) if wanted else None
             for tensor, wanted in zip(tensors, self.wanted, strict=True)
         ]
-        count, vocab = len(self.gold), self.head.vocab_tokens
-        rows = max(1, min(self.chunk_rows or self._rows_at_once(products[0], dtype), count))
-        buffer = torch.empty((rows, vocab), dtype=dtype, device=weights[0].device)
+        count, vocab = len(tensors[0]), self.head.vocab_tokens
+        rows = max(1, min(self.chunk_rows or self._rows_at_once(logits.products[0], dtype), count))
+        buffer = torch.empty((rows, vocab), dtype=dtype, device=weight.device)
         total, parts = buffer.new_zeros(()), list[list[torch.Tensor]]()
         for start in range(0, max(count, 1), rows):  # once for no position at all: it names the figures
             at = slice(start, min(start + rows, count))
             z = buffer[: at.stop - at.start]  # [n, V]
-            read = [product.operands(h[at]) for product, h in zip(products, hidden, strict=True)]
-            for number, (product, x) in enumerate(zip(products, read, strict=True)):
-                product.forward(x, z, add=number > 0)
-            for vector in bias:
-                z += vector
-            loss, figures, differentiate = self._loss(z, at)
+            read = logits.write(at, z)
+            slope = cap(z, self.head, sloped=any(self.wanted))
+            loss, figures, differentiate = self.per_chunk(z, at)
             total += loss.detach().sum()
             parts.append([value.sum().to(dtype) for value in figures.values()])
             if any(self.wanted):
-                differentiate()  # z is now the gradient of the logits
-                for vector in gradients[paired:]:
-                    if vector is not None:
-                        vector += z.sum(0)
-                for number in reversed(range(len(products))):  # the head itself last: it may use z up
-                    towards_hidden, towards_weight = gradients[2 * number : 2 * number + 2]
-                    chunk = None if towards_hidden is None else towards_hidden[at]
-                    products[number].backward(z, read[number], chunk, towards_weight)
-            del differentiate  # it holds buffers [n, V], which the next chunk makes anew
+                dz = differentiate()
+                if self.head.scale != 1:
+                    dz.mul_(self.head.scale)
+                if slope is not None:
+                    dz.mul_(slope)
+                logits.spread(dz, read, gradients, at)
+                del dz
+            del differentiate, slope  # they hold buffers [n, V], which the next chunk makes anew
         self.names = tuple(figures)
         sums = [torch.stack(chunks).sum() for chunks in zip(*parts, strict=True)]
         return total, torch.stack(sums) if sums else total.new_zeros(0), gradients if any(self.wanted) else None
 
     def _rows_at_once(self, product: Product, dtype: torch.dtype) -> int:
-        """Positions whose [n, V] buffers fit CHUNK_BYTES: z, and what cap, temperature, half precision add."""
+        """Positions whose [n, V] buffers fit CHUNK_BYTES, with what soft-cap and half precision add."""
         device = product.weight.device.type
-        wide = 1 + (self.head.cap < math.inf) + (self.temperature != 1)
+        wide = self.buffers + (self.head.cap < math.inf)
         bytes_each = wide * dtype.itemsize + (product.operand.itemsize if product.mixed else 0)
         return CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (bytes_each * self.head.vocab_tokens)
 
-    def _loss(
+
+class Logits:
+    """Logits of N positions, a chunk at a time, and what their gradient means for what made them."""
+
+    def __init__(self, head: Head, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        """tensors: as `multiplied` gives them."""
+        paired = 2 * len(head.factors)
+        self.inputs, weights, self.bias = tensors[:paired:2], tensors[1:paired:2], tensors[paired:]
+        # Beside the head itself a factor is thin (LoRA): full precision costs it little.
+        self.products = [Product(w, head.operand if n == 0 else dtype, dtype) for n, w in enumerate(weights)]
+
+    def write(self, at: slice, z: torch.Tensor) -> list[torch.Tensor]:
+        """Write those of some positions, before scale and soft-cap, over z [n, V]; returns what was read."""
+        read = [product.operands(x[at]) for product, x in zip(self.products, self.inputs, strict=True)]
+        for number, (product, x) in enumerate(zip(self.products, read, strict=True)):
+            product.forward(x, z, add=number > 0)
+        for vector in self.bias:
+            z += vector
+        return read
+
+    def spread(self, dz: torch.Tensor, read: list[torch.Tensor], gradients: Gradients, at: slice) -> None:
+        """Add what dz [n, V] means for each of the tensors that has a gradient; dz is used up."""
+        for vector in gradients[2 * len(self.products) :]:
+            if vector is not None:
+                vector += dz.sum(0)
+        for number in reversed(range(len(self.products))):  # the head itself last: it may use dz up
+            towards_input, towards_weight = gradients[2 * number : 2 * number + 2]
+            chunk = None if towards_input is None else towards_input[at]
+            self.products[number].backward(dz, read[number], chunk, towards_weight)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A PerChunk of a loss that sees readings alone."""
+
+    ids: torch.Tensor
+    present: torch.Tensor
+    gold: torch.Tensor
+    per_position: PerPosition
+    temperature: float
+
+    def __call__(
         self, z: torch.Tensor, at: slice
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Callable[[], None]]:
-        """Loss [n] and figures of a chunk; calling the third writes d(sum of loss)/dz over z [n, V]."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Callable[[], torch.Tensor]]:
         import torch
 
         gold, warm = self.gold[at][:, None], self.temperature != 1
-        slope = cap(z, self.head, sloped=True)
         logit = z.gather(1, gold).squeeze(1)  # [n]
         cold = Spread(z.clone(), gold, torch.ones_like(gold, dtype=torch.bool)) if warm else None
         spread = Spread(z.div_(self.temperature) if warm else z, self.ids[at], self.present[at])
@@ -199,10 +246,9 @@ class _Job:
             read = Readings(entries, off, at_gold, leaves[3] if warm else -at_gold, logit)
             loss, figures = self.per_position(read, at)
 
-        def differentiate() -> None:
+        def differentiate() -> torch.Tensor:
             if not loss.requires_grad:
-                z.zero_()
-                return
+                return z.zero_()
             slopes = torch.autograd.grad(
                 loss, leaves, torch.ones_like(loss), allow_unused=True, materialize_grads=True
             )
@@ -212,10 +258,7 @@ class _Job:
                 nothing = torch.zeros_like(spread.off)
                 cold.differentiate(-slopes[3][:, None], nothing, nothing, gold)
                 z.div_(self.temperature).add_(cold.z)
-            if self.head.scale != 1:
-                z.mul_(self.head.scale)
-            if slope is not None:
-                z.mul_(slope)
+            return z
 
         return loss, {name: value.detach() for name, value in figures.items()}, differentiate
 

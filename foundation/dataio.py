@@ -34,7 +34,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="check the path in the recipe's [inputs]")
     if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty", hint="a corpus needs at least one document")
+        raise InputError(f"{path}: the file is empty", hint="give one that holds something")
     number = 0
     with path.open("rb") as file:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from foundation.chunked import CHUNK_BYTES, Product, cap
+from foundation.chunked import CHUNK_BYTES, Logits, cap, multiplied
 from foundation.head import Head
 from foundation.losses import counted, predicting
 from foundation.rows import Row
@@ -111,10 +111,6 @@ def log_probabilities(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     weight = head.factors[0][1]
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     z = torch.empty((len(hidden), head.vocab_tokens), dtype=dtype, device=hidden.device)
-    for number, (project, factor) in enumerate(head.factors):
-        product = Product(factor, head.operand if number == 0 else dtype, dtype)
-        product.forward(product.operands(project(hidden)), z, add=number > 0)
-    if head.bias is not None:
-        z += head.bias
+    Logits(head, multiplied(hidden, head), dtype).write(slice(None), z)
     cap(z, head)
     return z.log_softmax(-1)

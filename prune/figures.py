@@ -95,22 +95,20 @@ def _new(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 def score(found: Found) -> Figure:
     """Score against layers removed. Bars: 95 % over items; bands: lowest run to highest."""
-    methods = [method for method in found["methods"] if any(row["score"] for row in method["depths"])]
-    dense = [name for name in found["dense"] if found["models"][name]["score"]]
+    methods, dense = found["methods"], found["dense"]
     entries = len(methods) + len(dense)
-    on = "" if found["scored_on"] == "tasks" else ", on the tasks that chose the layers"
-    figure, axes = _new(8.0, 4.4 + 0.22 * ((entries + 1) // 2), f"Score against layers removed{on}")
+    figure, axes = _new(8.0, 4.4 + 0.22 * ((entries + 1) // 2), "Score against layers removed")
     lines = [_line(axes, method, place, len(methods)) for place, method in enumerate(methods)]
     deepest = max(row["layers_removed"] for method in methods for row in method["depths"])
     names = [_wrapped(method["label"]) for method in methods]
-    for name in dense:
-        lines.append(_dense_line(axes, found, name, dense.index(name)))
+    for place, name in enumerate(dense):
+        lines.append(_dense_line(axes, found, name, place))
         model = found["models"][name]
         names.append(_wrapped(f"{name}: {sized(model['parameters'])} parameters"))
     axes.set_xlim(-0.5, deepest + 0.5)
     axes.set_xticks(_ticks(deepest), [str(tick) for tick in _ticks(deepest)])
     axes.set_xlabel(f"layers removed, of {len(found['base'])}")
-    axes.set_ylabel(f"mean score, {counted(len(found['tasks']), 'task')}" if found["tasks"] else "mean score")
+    axes.set_ylabel(f"mean score, {counted(len(found['tasks']), 'task')}")
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
     figure.legend(lines, names, loc="outside lower left", ncols=2, frameon=False, handlelength=3.6)
@@ -119,7 +117,7 @@ def score(found: Found) -> Figure:
 
 def _line(axes: Axes, method: Found, place: int, methods: int) -> Any:
     """One method's line, with a bar a point for one run and a band for several."""
-    rows = [row for row in method["depths"] if row["score"]]
+    rows = method["depths"]
     shift = min(BESIDE, SPREAD / methods) * (place - (methods - 1) / 2)
     # What nothing was removed from is one model for all methods: there they meet.
     x = [row["layers_removed"] + (shift if row["layers_removed"] else 0.0) for row in rows]

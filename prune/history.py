@@ -3,7 +3,7 @@
     steps/01/model/      the model after the first step, a Hugging Face folder
     steps/01/step.json   what went in it, what that cost, how large the rest is: see steps.py
     steps/02/ ...
-    steps/03.partial/    a step that was given up: passed over
+    steps/03.partial/    a step that was not finished, steps/03.rejected/ one below quality_floor: passed over
 
 Layers are numbered as in the original model, in every step. A file of ours that does not follow from the ones
 before it was altered, so everything here is refused rather than guessed. Not here: scores of these models.
@@ -12,12 +12,25 @@ before it was altered, so everything here is refused rather than guessed. Not he
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from foundation.errors import ArtifactError
+from foundation.errors import ArtifactError, InputError
 from foundation.shape import ModelShape
-from prune.steps import AGAIN, RECORD, Method, Step, folder_of, read_step
+from prune.steps import (
+    AGAIN,
+    RECORD,
+    Method,
+    Step,
+    folder_of,
+    link_tree,
+    model_digest,
+    read_step,
+    write_step,
+)
+
+PASSED_OVER = (".partial", ".rejected")
 
 
 class History(NamedTuple):
@@ -53,7 +66,7 @@ class History(NamedTuple):
 def read_history(folder: Path) -> History:
     """The run in `folder`. Raises ArtifactError for a step that is missing, altered or does not follow."""
     found = folder.iterdir() if folder.is_dir() else ()
-    names = sorted(path.name for path in found if path.name[0] != "." and path.suffix != ".partial")
+    names = sorted(path.name for path in found if path.name[0] != "." and path.suffix not in PASSED_OVER)
     if not names:
         raise ArtifactError(f"{folder}: no steps in it", hint=AGAIN)
     if strange := [name for name in names if not re.fullmatch(r"[0-9]{2,}", name)]:
@@ -97,6 +110,8 @@ def _check_follows(place: Path, step: Step, first: Step, before: tuple[int, ...]
         )
     if not (place / "model" / "config.json").is_file() or not list((place / "model").glob("*.safetensors")):
         raise ArtifactError(f"{place / 'model'}: no config.json and weights in it", hint=AGAIN)
+    if model_digest(place / "model") != step.model:
+        raise ArtifactError(f"{place / 'model'}: its weights or config.json were altered", hint=AGAIN)
     shape = ModelShape.from_folder(place / "model")
     if (shape.layers, shape.parameters()) != (len(left), step.parameters):
         raise ArtifactError(
@@ -104,3 +119,31 @@ def _check_follows(place: Path, step: Step, first: Step, before: tuple[int, ...]
             f"step.json says {len(left)} and {step.parameters:,}",
             hint=AGAIN,
         )
+
+
+def branch(source: Path, number: int, steps: Path, original: str) -> list[Step]:
+    """Put steps 1 to `number` of another pruning (0 = all of them) into `steps`, to go on from there.
+
+    Raises ArtifactError when `source` holds no steps or they were altered, InputError when it has no such step
+    or its steps were cut from another model than the one with the digest `original`.
+    """
+    history = read_history(source)
+    count = len(history.steps)
+    if number > count:
+        raise InputError(
+            f"{source} has steps 1 to {count}, not {number}", hint="set branch_step to one; 0 = the last"
+        )
+    if history.steps[0].original != original:
+        raise InputError(
+            f"the steps in {source} were cut from another model than `model`",
+            hint="read the model that the first pruning read; only its layers can be counted on",
+        )
+    given = list(history.steps[: number or count])
+    for step, model in zip(given, history.models, strict=False):
+        target = folder_of(steps, step.step)
+        if read_step(target) == step:
+            continue
+        shutil.rmtree(target, ignore_errors=True)
+        link_tree(model, target / "model")
+        write_step(target, step)
+    return given

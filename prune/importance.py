@@ -131,7 +131,10 @@ class Scorer:
         if kind == "angular":
             layers = len(model.model.layers)
             if width >= layers:
-                raise ModelError(f"a block of {width} layers can not go from a model of {layers}")
+                raise ModelError(
+                    f"a block of {width} layers can not go from a model of {layers}",
+                    hint=f"set block_layers (or layers_per_step) to {layers - 1} at most",
+                )
             found = angular_distances(
                 model, self.rows, self.report,
                 width=width, pad_id=self.pad_id, batch_rows=self.settings.score_rows,
@@ -161,7 +164,10 @@ class Scorer:
             for items, readings in zip(without, found.without, strict=True):
                 items += judge(self.read, readings)
         if kind == "kl" and not self.rows:
-            raise InputError("importance = 'kl' reads text, and all tasks are generated")
+            raise InputError(
+                "importance = 'kl' reads text, and all tasks are generated",
+                hint="add a task of choices, perplexity or copying, or set importance = 'task'",
+            )
         for number, task in enumerate(self.answered if kind == "task" else []):
             made = generate_without(
                 model, task.prompts,

@@ -35,21 +35,21 @@ from foundation.task import Task
 from foundation.tensors import TensorFiles, write_tensors
 from foundation.tokenizer import Tokenizer
 from prune.cut import cut_folder
+from prune.history import branch
 from prune.importance import Costs, Importance, LoadTasks, Scorer, ScoringSettings, mean_score, scoring_tasks
 from prune.kept import Kept, kept_layers
 from prune.steps import (
     FORMAT,
     Method,
     Step,
-    branch,
     folder_of,
     link_tree,
     model_digest,
     read_step,
-    read_steps,
+    rejected,
     write_step,
 )
-from prune.target import FileBytes, TargetSettings, layers_to_keep
+from prune.target import TARGETS, FileBytes, TargetSettings, layers_to_keep
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -147,7 +147,8 @@ def run(
     """
     pruning = _Pruning(settings, inputs, out, report, heal, tasks, measure, file_bytes)
     steps = pruning.steps  # those that are there from an earlier try, or another pruning, are taken as they are
-    stopped_by = "target"
+    given = [name for name in TARGETS if getattr(settings, name) is not None]
+    stopped_by = given[0] if given else "one layer left"
     while len(pruning.kept.kept) > pruning.goal:
         stop_if_asked(report)
         try:
@@ -160,9 +161,12 @@ def run(
             break
         if settings.quality_floor is not None and step.score < settings.quality_floor * step.score_original:
             report.note(
-                f"step {step.step} scores {step.score:.4f}, below {settings.quality_floor:g} of the original's "
-                f"{step.score_original:.4f}; the step before it is the result"
+                f"step {step.step} scores {step.score:.4g}, below {settings.quality_floor:g} of the "
+                f"{step.score_original:.4g} of `model`; the step before it is the result"
             )
+            place = folder_of(out / "steps", step.step)
+            if place.exists():  # it is gone already when a kill came after
+                place.replace(rejected(place))
             stopped_by = "quality_floor"
             break
         steps.append(step)
@@ -205,17 +209,18 @@ class _Pruning:
         self.goal = layers_to_keep(settings, self.folder, file_bytes)
         self.original = model_digest(self.folder)
         self.loaded: list[Task] = scoring_tasks(settings, inputs, self.folder, tasks, report)
+        self.rows = self._healing_rows() if settings.heals else []
         self.steps: list[Step] = []
         if "branch" in inputs:
-            branch(one(inputs, "branch"), settings.branch_step, out / "steps", self.original)
-            last = list(read_steps(out / "steps"))[-1]
-            if len(last.kept) < self.goal:
+            self.steps += branch(one(inputs, "branch"), settings.branch_step, out / "steps", self.original)
+            last = self.steps[-1]
+            if len(last.kept) <= self.goal:
                 raise InputError(
                     f"step {last.step} of `branch` has {len(last.kept)} layers; the target is {self.goal}",
                     hint="branch from an earlier step (branch_step), or set a deeper target",
                 )
+        self.given = len(self.steps)  # steps of another pruning: its scores and costs are not of these tasks
         self._teacher: PreTrainedModel | None = None
-        self._rows: Rows[Row] | None = None
 
     @property
     def current(self) -> Path:
@@ -234,31 +239,32 @@ class _Pruning:
         return self._teacher
 
     @property
-    def rows(self) -> Rows[Row]:
+    def own(self) -> list[Step]:
+        """The steps of this pruning, without those that it went on from."""
+        return self.steps[self.given :]
+
+    def _healing_rows(self) -> Rows[Row]:
         """What healing reads: conversations, with answers counted, and blocks of text, counted whole."""
-        if self._rows is None:
-            longest = min(self.settings.max_tokens, context_tokens(self.folder))
-            parts: list[Rows[Row]] = []
-            if many(self.inputs, "data"):
-                chats, too_long = chat_rows(conversations(many(self.inputs, "data")), self.tokenizer, longest)
-                if too_long:
-                    self.report.note(
-                        f"{too_long} conversations are longer than {longest} tokens and were left out"
-                    )
-                parts.append(chats)
-            if many(self.inputs, "corpus"):
-                texts = documents(many(self.inputs, "corpus"))
-                parts.append(pack(texts, self.tokenizer, longest, self.work / "text"))
-            if not parts:
-                raise InputError("healing needs `data` or `corpus`", hint="or set heals = false")
-            self._rows = parts[0] if len(parts) == 1 else _Both(*parts)
-        return self._rows
+        longest = min(self.settings.max_tokens, context_tokens(self.folder))
+        parts: list[Rows[Row]] = []
+        if many(self.inputs, "data"):
+            chats, too_long = chat_rows(conversations(many(self.inputs, "data")), self.tokenizer, longest)
+            if too_long:
+                self.report.note(f"{too_long} conversations are longer than {longest} tokens and were left out")
+            parts.append(chats)
+        if many(self.inputs, "corpus"):
+            parts.append(
+                pack(documents(many(self.inputs, "corpus")), self.tokenizer, longest, self.work / "text")
+            )
+        if not parts:
+            raise InputError("healing needs `data` or `corpus`", hint="or set heals = false")
+        return parts[0] if len(parts) == 1 else _Both(*parts)
 
     def next(self) -> Step:
         """One step: the cheapest layers go, the rest heals, steps/NN is written whole."""
         number = len(self.steps) + 1
         place, work = folder_of(self.out / "steps", number), self.work / f"step-{number:02d}"
-        if done := read_step(place):
+        if done := read_step(place) or read_step(rejected(place)):
             return done
         kept, report = self.kept, self.report
         work.mkdir(parents=True, exist_ok=True)
@@ -266,7 +272,8 @@ class _Pruning:
         count = min(self.settings.layers_per_step, len(kept.kept) - self.goal)
         gone = costs.cheapest(count) if costs.width == 1 else costs.cheapest(count)[:count]
         removed = [kept.kept[at] for at in gone]
-        report.note(f"step {number}: layer {', '.join(map(str, removed))} goes")
+        what = f"layer {removed[0]} goes" if len(removed) == 1 else f"layers {', '.join(map(str, removed))} go"
+        report.note(f"step {number}: {what}")
         left = cut_folder(self.current, gone, work / "cut", report=report)
         target = place.with_name(f"{place.name}.partial")
         shutil.rmtree(target, ignore_errors=True)
@@ -289,7 +296,7 @@ class _Pruning:
             kept=left.kept,
             importance={kept.kept[at]: value for at, value in enumerate(costs.values)},
             interval=costs.separation and {"separation": costs.separation, "runner_up": costs.runner_up},
-            score_original=self.steps[0].score_original if self.steps else before,
+            score_original=self._score_original(),
             score_before=before,
             score_cut=cut_score if self.settings.heals else after,
             score=after,
@@ -303,17 +310,17 @@ class _Pruning:
         target.replace(place)
         shutil.rmtree(work)
         report.note(
-            f"step {number}: score {step.score:.4f} with {len(step.kept)} layers, "
-            f"{step.score_original:.4f} with all {self.base.original_layers}"
+            f"step {number}: score {step.score:.4g}, layers left {len(step.kept)} of "
+            f"{self.base.original_layers}; `model` scores {step.score_original:.4g}"
         )
         return step
 
     def _costs(self, work: Path, number: int) -> tuple[Costs, float]:
         """(costs of the layers that are left, score of the model before this step); kept for a resumed step."""
         kept = self.kept.kept
-        if not self.settings.rescore and self.steps:
-            first = self.steps[0].importance
-            return Costs([first[layer] for layer in kept]), self.steps[-1].score
+        if not self.settings.rescore and self.own:
+            first = self.own[0].importance
+            return Costs([first[layer] for layer in kept]), self.own[-1].score
         known = read_json(work / "costs.json")
         if isinstance(known, dict):
             return Costs(**known["costs"]), known["before"]
@@ -326,9 +333,19 @@ class _Pruning:
             width = min(self.settings.layers_per_step, len(kept) - self.goal)
         original = self.teacher if kind == "kl" and self.steps else None
         costs = scorer.costs(kind, load(self.current), f"step {number}", original=original, width=width)
-        before = self.steps[-1].score if self.steps else self._score(self.folder)
+        before = self.own[-1].score if self.own else self._score(self.current)
         write_json(work / "costs.json", {"costs": vars(costs), "before": before})
         return costs, before
+
+    def _score_original(self) -> float:
+        """Score of `model` on this pruning's tasks, measured once."""
+        if self.own:
+            return self.own[0].score_original
+        known = read_json(self.work / "original.json")
+        if not isinstance(known, dict):
+            known = {"score": self._score(self.folder)}
+            write_json(self.work / "original.json", known)
+        return float(known["score"])
 
     def _file_sizes(self, folder: Path) -> dict[str, int]:
         """Bytes as GGUF by type; none for a model that llama.cpp can not compute, such as Mistral's windows."""

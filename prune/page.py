@@ -31,30 +31,21 @@ def page(found: Found) -> str:
 def _about(found: Found) -> str:
     original = found["models"]["original"]
     runs, methods = len(found["runs"]), len(found["methods"])
-    said = (
+    named = ", ".join(f"{_inline(name)} ({items} items)" for name, items in found["tasks"].items())
+    return (
         f"{counted(runs, 'run')} of {counted(methods, 'method')} on a model of {original['layers']} layers, "
         f"{sized(original['parameters'])} parameters, {_megabytes(original)} MB as GGUF {_type(found)}. "
+        f"A score is the mean of these tasks' means: {named}."
     )
-    if found["scored_on"] == "tasks":
-        named = ", ".join(f"{_inline(name)} ({items} items)" for name, items in found["tasks"].items())
-        said += f"A score is the mean of these tasks' means: {named}."
-    else:
-        said += (
-            "**No `tasks` were given, so these are the scores on the tasks that chose the layers.** They "
-            "flatter every method that chose by them, and runs that chose by other tasks can not be compared."
-        )
-    return said
 
 
 def _curve(found: Found) -> str:
-    said = []
-    if found["scored_on"] == "tasks":
-        said.append("Bars are 95 % intervals of one model's score.")
+    said = ["Bars are 95 % intervals of one model's score."]
     if any(method["runs"] > 1 for method in found["methods"]):
         said.append("Bands reach from a method's lowest run to its highest.")
-    if any(found["models"][name]["score"] for name in found["dense"]):
+    if found["dense"]:
         said.append("Dashed: a dense model; its star stands at the depth whose size is nearest to its own.")
-    return "\n\n".join(["![Score against layers removed, a line a method](score.svg)", " ".join(said)]).strip()
+    return "\n\n".join(["![Score against layers removed, a line a method](score.svg)", " ".join(said)])
 
 
 def _same_depth(found: Found) -> str:
@@ -66,21 +57,19 @@ def _same_depth(found: Found) -> str:
     rows = []
 
     def add(name: str, layers: int, runs: int | str, row: Found) -> None:
-        each = [_number(row["tasks"][task]["mean"]) for task in tasks]
+        each = [f"{row['tasks'][task]['mean']:.3f}" for task in tasks]
         less = _difference(row["against_original"])
         rows.append(
             [name, str(layers), *([str(runs)] if several else []), _interval(row["score"]), less, *each]
         )
 
-    if found["scored_on"] == "tasks":
-        add("original", original["layers"], "", original)
+    add("original", original["layers"], "", original)
     for method in found["methods"]:
         row = next(row for row in method["depths"] if row["layers_removed"] == depth)
         add(method["label"], row["layers_left"], row["runs"], row)
     for name in found["dense"]:
         model = found["models"][name]
-        if model["score"]:
-            add(f"{name}, {sized(model['parameters'])}", model["layers"], "", model)
+        add(f"{name}, {sized(model['parameters'])}", model["layers"], "", model)
     runs = ["runs"] if several else []
     head = ["model", "layers", *runs, "score (95 % interval)", "less the original's", *tasks]
     about = f"{counted(depth, 'layer')} of {original['layers']} removed, the most that all runs reached."
@@ -100,20 +89,15 @@ def _dense(found: Found) -> str:
         row = next((r for r in method["depths"] if r["layers_removed"] == depth), method["depths"][-1])
         near = row["nearest_dense"]
         model = found["models"][near["name"]]
+        lead = near["difference"]["mean"]
+        sure = "" if _excludes_zero(near["difference"]) else ", which does not tell them apart"
         line = (
             f"- **{_inline(method['label'])}** without {counted(row['layers_removed'], 'layer')}: "
             f"{sized(row['parameters'])} parameters. The nearest dense model is {_inline(near['name'])} "
-            f"with {sized(model['parameters'])}, {near['times_parameters']:.2f} times as many"
+            f"with {sized(model['parameters'])}, {near['times_parameters']:.2f} times as many, "
+            f"and scores {model['score']['mean']:.3f}: the pruned one, at {row['score']['mean']:.3f}, is "
+            f"{abs(lead):.3f} {'above' if lead > 0 else 'below'} it: {_difference(near['difference'])}{sure}"
         )
-        if near["difference"]:
-            lead = near["difference"]["mean"]
-            verdict = "above" if lead > 0 else "below"
-            sure = "" if _excludes_zero(near["difference"]) else ", which does not tell them apart"
-            line += (
-                f", and scores {_number(model['score']['mean'])}: the pruned one, at "
-                f"{_number(row['score']['mean'])}, is {abs(lead):.3f} {verdict} it: "
-                f"{_difference(near['difference'])}{sure}"
-            )
         if not 0.9 < near["times_parameters"] < 1.1:
             line += "; that is not the same size, and no nearer one was given"
         if not near["same_items"]:
@@ -173,15 +157,10 @@ def _made(found: Found) -> str:
         f"- \\* Machine-bound: {found['machine_bound']['about']}, as a multiple of the original's, which took "
         "turns with each model. The multiple is the steadier figure; tokens/s themselves are in report.json, "
         "and change with machine and hour.",
+        "- Intervals are 95 %, by Student's t: over the items of the tasks for one model, over the runs "
+        "where a method has several. Differences of two models are taken item by item.",
+        "- A model that several runs have in common was measured once. All figures stand in report.json.",
     ]
-    if found["scored_on"] == "tasks":
-        lines.append(
-            "- Intervals are 95 %, by Student's t: over the items of the tasks for one model, over the runs "
-            "where a method has several. Differences of two models are taken item by item."
-        )
-    lines.append(
-        "- A model that several runs have in common was measured once. All figures stand in report.json."
-    )
     return "\n".join(lines)
 
 
@@ -203,11 +182,7 @@ def _inline(text: str) -> str:
     return line
 
 
-def _interval(score: Found | None) -> str:
-    if score is None:
-        return "none"
-    if score["low"] is None:
-        return _number(score["mean"])
+def _interval(score: Found) -> str:
     return f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
 
 
@@ -221,10 +196,6 @@ def _difference(found: Found | None) -> str:
 
 def _excludes_zero(found: Found) -> bool:
     return found["low"] is not None and (found["low"] > 0 or found["high"] < 0)
-
-
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
 
 
 def _share(value: float | None) -> str:

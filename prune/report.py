@@ -84,20 +84,18 @@ def run(
     """Write out/report.json, out/report.md, out/score.svg, out/order.svg and out/frequency.svg.
 
     All bytes follow from inputs and settings, except report.json's `machine_bound` and the speeds in report.md.
-    Without `tasks` the scores are those of the tasks that chose the layers, and the page says so. Raises
-    ArtifactError for steps that are not whole, ModelError for runs that pruned another model, InputError for
-    runs that can not be told apart.
+    Raises ArtifactError for steps that are not whole, ModelError for runs that pruned another model, InputError
+    for runs that can not be told apart.
     """
     original = one(inputs, "model")
     histories = read_histories(many(inputs, "steps"), original)
     dense = dense_names(many(inputs, "dense"))
-    task_files = many(inputs, "tasks")
     folders = {"original": (histories[0].steps[0].original, original)}
     for number, history in enumerate(histories, 1):
         for step, folder in zip(history.steps, history.models, strict=True):
             folders[step_name(number, step.step)] = step.model, folder
     folders |= {name: (model_digest(folder), folder) for name, folder in dense.items()}
-    bench = Bench(settings, original, task_files, out / ".work", report, tasks, measure, gguf_bytes)
+    bench = Bench(settings, original, many(inputs, "tasks"), out / ".work", report, tasks, measure, gguf_bytes)
     measured = bench.all(folders)
     found = summary(settings.title, histories, measured, list(dense))
     write_json(out / "report.json", found)
@@ -197,7 +195,7 @@ class Bench:
             "parameters": shape.parameters(),
             "gguf_bytes": {GGUF_TYPE: file_bytes},
             "same_items": self._items_key(folder) == self._items_key(self.original),
-            "tasks": self._scores(name, folder, model) if self.task_files else {},
+            "tasks": self._scores(name, folder, model),
             "tokens_per_second": speed,
             "times_original": ratio,
         }
@@ -242,9 +240,13 @@ def _figures(found: dict[str, Any]) -> Figures:
         "models": len(found["models"]),
     }
     depth = found["deepest_common"]
-    rows = {m["label"]: row for m in found["methods"] for row in m["depths"] if row["layers_removed"] == depth}
-    scored = {label: row["score"]["mean"] for label, row in rows.items() if row["score"]}
-    if depth is not None and scored:
-        best = max(scored, key=lambda label: scored[label])
-        figures |= {"compared_at_layers_removed": depth, "best": best, "best_score": scored[best]}
+    scores = {
+        method["label"]: row["score"]["mean"]
+        for method in found["methods"]
+        for row in method["depths"]
+        if row["layers_removed"] == depth
+    }
+    if scores:
+        best = max(scores, key=scores.__getitem__)
+        figures |= {"compared_at_layers_removed": depth, "best": best, "best_score": scores[best]}
     return figures

@@ -2,6 +2,7 @@
 
     steps/NN/model/      a Hugging Face folder
     steps/NN/step.json   what went, what it cost, what is left; written last, so its presence means complete
+    steps/NN.rejected/   one that fell below quality_floor
 
 Layers are named by their numbers in the original model everywhere in step.json, however many went before.
 """
@@ -10,14 +11,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from foundation.errors import ArtifactError, InputError
-from foundation.files import sha256_file, tree_digest, visible_files, write_json, writing
+from foundation.errors import ArtifactError
+from foundation.files import TEMPORARY, sha256_file, tree_digest, visible_files, write_json, writing
 
 FORMAT = 1
 RECORD = "step.json"
@@ -59,13 +59,18 @@ class Step(BaseModel):
     score: Score  # of the model that the step left
     parameters: int = Field(ge=1)
     gguf_bytes: dict[str, int]
-    healing: dict[str, float]  # the training's figures
+    healing: dict[str, int | float]  # the training's figures
     original: str = Field(pattern=SHA256)  # digest of the model that the first step was cut from
     model: str = Field(pattern=SHA256)  # and of the one that this step left
 
 
 def folder_of(steps: Path, number: int) -> Path:
     return steps / f"{number:02d}"
+
+
+def rejected(place: Path) -> Path:
+    """Where a step is put that fell below quality_floor: kept to be looked at, no step to any reader."""
+    return place.with_name(f"{place.name}.rejected")
 
 
 def write_step(folder: Path, step: Step) -> None:
@@ -88,44 +93,10 @@ def read_step(folder: Path) -> Step | None:
         raise ArtifactError(f"{path}: {where}: {first['msg']}", hint=AGAIN) from None
 
 
-def read_steps(steps: Path) -> Iterator[Step]:
-    """Complete steps, from the first to the last before a gap."""
-    number = 1
-    while step := read_step(folder_of(steps, number)):
-        yield step
-        number += 1
-
-
 def model_digest(folder: Path) -> str:
     """Content digest of a model's weights and configuration; its tokenizer is compared elsewhere."""
     names = [n for n in visible_files(folder) if n == "config.json" or n.endswith(".safetensors")]
     return tree_digest((name, sha256_file(folder / name)) for name in names)
-
-
-def branch(source: Path, number: int, steps: Path, original: str) -> None:
-    """Put steps 1 to `number` of another pruning (0 = all of them) into `steps`, to go on from there.
-
-    Raises InputError when `source` has no such step, or its steps were cut from another model than `original`.
-    """
-    found = list(read_steps(source))
-    number = number or len(found)
-    if not found or number > len(found):
-        raise InputError(
-            f"{source} has {len(found)} complete steps, not {number}",
-            hint="branch_step is one of these; 0 = the last",
-        )
-    if found[0].original != original:
-        raise InputError(
-            f"the steps in {source} were cut from another model than `model`",
-            hint="read the model that the first pruning read; only its layers can be counted on",
-        )
-    for step in found[:number]:
-        target = folder_of(steps, step.step)
-        if read_step(target) == step:
-            continue
-        shutil.rmtree(target, ignore_errors=True)
-        link_tree(folder_of(source, step.step) / "model", target / "model")
-        write_step(target, step)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -135,7 +106,12 @@ def link_tree(source: Path, target: Path) -> None:
     """
     shutil.rmtree(target, ignore_errors=True)
     with writing(target):
-        shutil.copytree(source, target, copy_function=_link)
+        shutil.copytree(source, target, copy_function=_link, ignore=_half_written)
+
+
+def _half_written(_: str, names: list[str]) -> list[str]:
+    """What a killed write left behind: no part of a model."""
+    return [name for name in names if TEMPORARY.fullmatch(name)]
 
 
 def _link(source: str, target: str) -> None:

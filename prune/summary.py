@@ -25,19 +25,17 @@ Measured = Mapping[str, dict[str, Any]]
 
 
 class Point(NamedTuple):
-    """One model on the way of one run. `score` is None where nothing scored it."""
+    """One model on the way of one run."""
 
     removed: int  # layers gone so far
     model: str
-    score: float | None
 
 
 def summary(
     title: str, histories: Sequence[History], measured: Measured, dense: Sequence[str]
 ) -> dict[str, Any]:
     """The content of report.json. `measured` holds "original", "run N, step M" and the names in `dense`."""
-    ways = [_way(number, history, measured) for number, history in enumerate(histories, 1)]
-    scored = bool(measured["original"]["tasks"])
+    ways = [_way(number, history) for number, history in enumerate(histories, 1)]
     labels = list(dict.fromkeys(history.label for history in histories))
     groups = {label: [n for n, history in enumerate(histories) if history.label == label] for label in labels}
     common = set.intersection(*({point.removed for point in way[1:]} for way in ways))
@@ -48,12 +46,11 @@ def summary(
         "layers": original,
         "base": list(histories[0].base),  # those that `model` still has
         "tasks": {name: len(task["scores"]) for name, task in measured["original"]["tasks"].items()},
-        "scored_on": "tasks" if scored else "choosing",
         "deepest_common": max(common, default=None),
         "models": {name: _model(name, measured) for name in measured},
         "runs": [_run(n, history) for n, history in enumerate(histories, 1)],
         "methods": [_method(label, [ways[n] for n in groups[label]], [histories[n] for n in groups[label]],
-                            measured, dense, scored) for label in labels],
+                            measured, dense) for label in labels],
         "frequency": [sum(layer in step for h in histories for step in h.order) for layer in range(original)],
         "dense": list(dense),
         "machine_bound": {
@@ -64,21 +61,17 @@ def summary(
     }  # fmt: skip
 
 
-def _way(number: int, history: History, measured: Measured) -> list[Point]:
-    """The run's models from the original on; scores are those on the choosing tasks where no others are."""
-    held = {name: float(stratified(_items(m)).mean) for name, m in measured.items() if m["tasks"]}
-    points = [Point(0, "original", held.get("original", history.steps[0].score_original))]
-    for step in history.steps:
-        name = f"run {number}, step {step.step}"
-        removed = len(history.base) - len(step.kept)
-        points.append(Point(removed, name, held.get(name, step.score)))
-    return points
+def _way(number: int, history: History) -> list[Point]:
+    """The run's models from the original on."""
+    base = len(history.base)
+    steps = [Point(base - len(step.kept), f"run {number}, step {step.step}") for step in history.steps]
+    return [Point(0, "original"), *steps]
 
 
 def _model(name: str, measured: Measured) -> dict[str, Any]:
     """One model by itself, and its difference to the original, item by item."""
     own, original = measured[name], measured["original"]
-    paired = bool(own["tasks"]) and own["same_items"] and name != "original"
+    paired = own["same_items"] and name != "original"
     tasks = {}
     for task, result in own["tasks"].items():
         interval = _interval(mean_interval(_array(result["scores"])))
@@ -89,7 +82,7 @@ def _model(name: str, measured: Measured) -> dict[str, Any]:
         "parameters": own["parameters"],
         "gguf_bytes": own["gguf_bytes"],
         "same_items": own["same_items"],
-        "score": _interval(stratified(_items(own))) if own["tasks"] else None,
+        "score": _interval(stratified(_items(own))),
         "against_original": _interval(overall_difference(_items(own), _items(original))) if paired else None,
         "tasks": tasks,
     }
@@ -108,66 +101,50 @@ def _method(
     histories: Sequence[History],
     measured: Measured,
     dense: Sequence[str],
-    scored: bool,
 ) -> dict[str, Any]:
     """Runs of one label together, a row for each number of removed layers, the original's first."""
-    rows = []
-    for removed in sorted({point.removed for way in ways for point in way}):
-        there = [way for way in ways if any(point.removed == removed for point in way)]
-        points = [next(point for point in way if point.removed == removed) for way in there]
-        rows.append(_row(points, [way[0] for way in there], measured, dense if removed else (), scored))
-        rows[-1]["layers_left"] = len(histories[0].base) - removed
+    models: dict[int, list[str]] = {}
+    for way in ways:
+        for point in way:
+            models.setdefault(point.removed, []).append(point.model)
     return {
         "label": label,
         "method": histories[0].method.model_dump(),
         "runs": len(ways),
         "order": [history.order for history in histories],
-        "depths": rows,
+        "depths": [
+            _row(removed, models[removed], measured, dense) | {"layers_left": len(histories[0].base) - removed}
+            for removed in sorted(models)
+        ],
     }
 
 
-def _row(
-    points: Sequence[Point], origins: Sequence[Point], measured: Measured, dense: Sequence[str], scored: bool
-) -> dict[str, Any]:
+def _row(removed: int, models: Sequence[str], measured: Measured, dense: Sequence[str]) -> dict[str, Any]:
     """All runs of a method at one depth. Where they hold the same model, that is one model and no spread."""
-    models = [point.model for point in points]
-    same = len({measured[name]["content"] for name in models}) == 1
-    distinct = models[:1] if same and scored else models
-    scores, before = [p.score for p in points if p.score is not None], [p.score for p in origins]
-    whole = len(scores) == len(points) and None not in before
-    parameters = [measured[name]["parameters"] for name in models]
+    distinct = models[:1] if len({measured[name]["content"] for name in models}) == 1 else models
+    scores = [_score(measured[name]) for name in models]
+    before = _score(measured["original"])
+    several = len(distinct) > 1
     sizes = {
         kind: [measured[n]["gguf_bytes"][kind] for n in models] for kind in measured["original"]["gguf_bytes"]
     }
-    base = sum(filter(None, before)) / len(before) if whole else 0.0
-    mean = sum(scores) / len(scores) if scores else None
     return {
-        "layers_removed": points[0].removed,
-        "runs": len(points),
+        "layers_removed": removed,
+        "runs": len(models),
         "models": models,
-        "score": _score(distinct, scores[: len(distinct)], measured, scored),
-        "interval_over": "runs" if len(distinct) > 1 and len(scores) > 1 else "items" if scored else None,
-        "lowest": min(scores, default=None),
-        "highest": max(scores, default=None),
-        "share_of_original": mean / base if base and mean is not None else None,
-        "against_original": _against(distinct, "original", measured) if scored and points[0].removed else None,
-        "parameters": _mean(parameters),
+        "score": _interval(
+            mean_interval(_array(scores)) if several else stratified(_items(measured[models[0]]))
+        ),
+        "interval_over": "runs" if several else "items",
+        "lowest": min(scores),
+        "highest": max(scores),
+        "share_of_original": sum(scores) / len(scores) / before if before else None,
+        "against_original": _against(distinct, "original", measured) if removed else None,
+        "parameters": _mean([measured[name]["parameters"] for name in models]),
         "gguf_bytes": {kind: _mean(found) for kind, found in sizes.items()},
         "tasks": {task: _task(distinct, task, measured) for task in measured["original"]["tasks"]},
-        "nearest_dense": _nearest(distinct, measured, dense) if dense else None,
+        "nearest_dense": _nearest(distinct, measured, dense) if removed and dense else None,
     }
-
-
-def _score(
-    models: Sequence[str], scores: Sequence[float], measured: Measured, scored: bool
-) -> dict[str, float | None] | None:
-    if not scores:
-        return None
-    if len(scores) > 1:
-        return _interval(mean_interval(_array(scores)))
-    if scored:
-        return _interval(stratified(_items(measured[models[0]])))
-    return {"mean": scores[0], "low": None, "high": None}
 
 
 def _task(models: Sequence[str], task: str, measured: Measured) -> dict[str, float | None]:
@@ -183,11 +160,10 @@ def _against(models: Sequence[str], other: str, measured: Measured) -> dict[str,
 
     No interval where the other has its own tokenizer or context, so that its items may differ.
     """
-    theirs = _items(measured[other])
     if len(models) == 1 and measured[models[0]]["same_items"] and measured[other]["same_items"]:
-        return _interval(overall_difference(_items(measured[models[0]]), theirs))
-    mean = float(stratified(theirs).mean)
-    own = _array([stratified(_items(measured[name])).mean for name in models])
+        return _interval(overall_difference(_items(measured[models[0]]), _items(measured[other])))
+    mean = _score(measured[other])
+    own = _array([_score(measured[name]) for name in models])
     if len(models) == 1:
         return {"mean": float(own[0]) - mean, "low": None, "high": None}
     return _interval(paired_interval(own, _array([mean] * len(models))))
@@ -197,13 +173,17 @@ def _nearest(models: Sequence[str], measured: Measured, dense: Sequence[str]) ->
     """The dense model whose parameters are nearest in ratio; nothing is interpolated between two of them."""
     own = sum(measured[name]["parameters"] for name in models) / len(models)
     name = min(dense, key=lambda other: abs(math.log(measured[other]["parameters"] / own)))
-    scored = bool(measured[name]["tasks"])
     return {
         "name": name,
         "times_parameters": measured[name]["parameters"] / own,
         "same_items": measured[name]["same_items"],
-        "difference": _against(models, name, measured) if scored else None,
+        "difference": _against(models, name, measured),
     }
+
+
+def _score(model: Mapping[str, Any]) -> float:
+    """Mean of the tasks' means."""
+    return float(stratified(_items(model)).mean)
 
 
 def _items(model: Mapping[str, Any]) -> list[Any]:

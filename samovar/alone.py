@@ -148,11 +148,13 @@ def _locked(order: Order, out: Path, screen: Screen) -> Manifest:
             if manifest.identity.fingerprint == order.identity.fingerprint:
                 return manifest
         report = ScreenReport(order.stage, screen)
-        before = signal.signal(signal.SIGINT, report.interrupt)
+        asked = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, report.interrupt) for number in asked}
         try:
             manifest = execute(order, report, lock.handle)
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         report.tell("stage_finished", seconds=manifest.seconds, figures=manifest.figures)
         return manifest
     finally:

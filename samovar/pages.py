@@ -131,7 +131,8 @@ def kind_page(name: str, kind: Kind) -> RenderableType:
 def _type_name(field: Any) -> str:
     annotation = field.annotation
     if get_args(annotation) and get_origin(annotation) is tuple:  # of bounded numbers, each spelt at length
-        return f"{len(get_args(annotation))} numbers"
+        inner = [arg for arg in get_args(annotation) if arg is not ...]
+        return "a list" if len(inner) < len(get_args(annotation)) else f"{len(inner)} numbers"
     named = isinstance(annotation, type) and not get_args(annotation)
     return annotation.__name__ if named else str(annotation).replace("typing.", "")
 

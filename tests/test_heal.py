@@ -729,7 +729,7 @@ def test_what_can_not_be_healed(lame: Path, folder: Path, data: Path, tmp_path: 
     sampled = capture.Settings(support="sampled", draws=4)
     capture.run(sampled, {"teacher": folder, "data": (data,)}, tmp_path / "capture", Silent())
     plan: dict[str, Any] = {"store": tmp_path / "capture" / "store", "hidden_loss": "none"}
-    with pytest.raises(ModelError, match="support = 'top_k'; this one has 'sampled'"):
+    with pytest.raises(InputError, match="support = 'top_k'; this one has 'sampled'"):
         healed(lame, folder, data, tmp_path, **plan)
     tokenizer = Tokenizer(folder)
     with pytest.raises(InputError, match="needs one teacher"):

@@ -19,14 +19,16 @@ from distill.heal import heal
 from evaluation.tasks import load_tasks, measure
 from export.predict import gguf_bytes
 from foundation.dataio import write_jsonl
-from foundation.errors import Diverged, InputError, ModelError
+from foundation.errors import ArtifactError, Diverged, InputError, ModelError
 from foundation.model import load
 from foundation.report import Silent
 from foundation.tensors import TensorFiles
 from foundation.tokenizer import Tokenizer, copy_tokenizer
 from prune import importance, iterate
 from prune.cut import cut_folder
+from prune.history import read_history
 from prune.importance import Costs
+from prune.influence import block_influence
 from prune.steps import model_digest, read_step
 
 HANDED = {"heal": heal, "tasks": load_tasks, "measure": measure, "file_bytes": gguf_bytes}
@@ -64,8 +66,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(chosen: iterate.Settings, folder: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
-    """`more`: other inputs, other functions to hand in, a report."""
-    report, handed = more.pop("report", Silent()), {name: more.pop(name, act) for name, act in HANDED.items()}
+    """`more`: other inputs, other functions to hand in (heal, measure), a report."""
+    own = {name: more.pop(name) for name in ("heal", "measure") if name in more}
+    report, handed = more.pop("report", Silent()), {**HANDED, **own}
     return iterate.run(chosen, {"model": folder, "data": (data,), **more}, out, report, **handed)
 
 
@@ -84,7 +87,7 @@ def test_each_method_removes_the_layers_that_say_least(
     figures = run(settings(remove_layers=2, **values), folder, data, tmp_path)
     assert figures["removed"] == removed
     assert figures["layers"] == load(tmp_path / "model").config.num_hidden_layers == 4
-    assert figures["stopped_by"] == "target"
+    assert figures["stopped_by"] == "remove_layers"
     steps = [read_step(tmp_path / "steps" / f"0{n}") for n in (1, 2)]
     assert [step.kept for step in steps if step] == [(0, 2, 3, 4, 5), (0, 2, 3, 5)]
     assert [set(step.importance) for step in steps if step] == [{0, 1, 2, 3, 4, 5}, {0, 2, 3, 4, 5}]
@@ -212,11 +215,56 @@ def test_another_pruning_branches_from_a_step(folder: Path, data: Path, tmp_path
     assert files(branched)["model/model.safetensors"] == files(straight)["model/model.safetensors"]
     with pytest.raises(InputError, match="has 3 layers; the target is 4"):
         run(settings(keep_layers=4, **fast), folder, data, tmp_path / "deep", branch=steps)
-    with pytest.raises(InputError, match="3 complete steps, not 9"):
+    with pytest.raises(InputError, match="steps 1 to 3, not 9"):
         run(settings(keep_layers=2, branch_step=9, **fast), folder, data, tmp_path / "none", branch=steps)
     other = tiny_model(tmp_path / "other", layers=6, seed=5)
     with pytest.raises(InputError, match="another model"):
         run(settings(keep_layers=2, **fast), other, data, tmp_path / "alien", branch=steps)
+
+
+def test_a_branch_measures_with_its_own_tasks(folder: Path, data: Path, tmp_path: Path) -> None:
+    """Scores and costs of the pruning that it goes on from are of other tasks, or another measure."""
+    run(settings(remove_layers=1, importance="task", heals=False), folder, data, tmp_path / "first")
+    first = read_step(tmp_path / "first" / "steps" / "01")
+    other = tmp_path / "other.jsonl"
+    write_jsonl(other, [{"text": f"Rest {n} days, then run {n} times."} for n in range(12)])
+    chosen = settings(remove_layers=3, importance="influence", rescore=False, heals=False)
+    steps = tmp_path / "first" / "steps"
+    run(chosen, folder, data, tmp_path / "out", branch=steps, tasks=(other,))
+    tokenizer = Tokenizer(folder)
+    (task,) = load_tasks([other], tokenizer, Silent(), max_tokens=128, max_items=12)
+    (whole,) = measure(load(folder), [task], tokenizer.pad_id, Silent())
+    second, third = (read_step(tmp_path / "out" / "steps" / f"0{n}") for n in (2, 3))
+    assert first and second and third
+    for step in (second, third):
+        assert step.score_original == pytest.approx(whole.scores.mean()) != first.score_original
+    (before,) = measure(load(tmp_path / "first" / "model"), [task], tokenizer.pad_id, Silent())
+    assert second.score_before == pytest.approx(before.scores.mean())
+    assert second.label == third.label == "ShortGPT"
+    assert third.importance == {layer: second.importance[layer] for layer in third.importance}  # scored once
+    rows = list(task.rows)
+    wanted = block_influence(load(tmp_path / "first" / "model"), rows, Silent(), pad_id=tokenizer.pad_id)
+    assert list(second.importance.values()) == pytest.approx(wanted.tolist())
+
+
+def test_altered_steps_are_no_ground_to_go_on_from(folder: Path, data: Path, tmp_path: Path) -> None:
+    fast = {"importance": "influence", "heals": False}
+    run(settings(remove_layers=2, **fast), folder, data, tmp_path / "first")
+    place = tmp_path / "first" / "steps" / "02"
+    record, weights = (place / "step.json").read_text(), (place / "model" / "model.safetensors").read_bytes()
+
+    def refused(said: str) -> None:
+        with pytest.raises(ArtifactError, match=said):
+            run(settings(remove_layers=3, **fast), folder, data, tmp_path / "out", branch=place.parent)
+
+    (place / "step.json").write_text(json.dumps({**json.loads(record), "removed": [3], "kept": [0, 2, 4, 5]}))
+    refused("were altered|says|less")
+    (place / "step.json").write_text(record)
+    (place / "model" / "model.safetensors").unlink()  # never in place: steps share their files
+    (place / "model" / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x00\x00\x40")
+    refused("were altered")
+    (place / "model" / "model.safetensors").unlink()
+    refused("no config.json and weights")
 
 
 def test_a_pruned_model_is_numbered_as_the_original(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -260,8 +308,9 @@ def test_a_quality_floor_keeps_the_step_before(folder: Path, data: Path, tmp_pat
         assert figures["stopped_by"] == "quality_floor"
         assert figures["layers"] == 4  # 4/6 is above .6, 3/6 is not
         assert load(tmp_path / "model").config.num_hidden_layers == 4
-        assert any("step 3 scores 0.5000, below 0.6" in note for note in report.notes)
-        assert (tmp_path / "steps" / "03" / "step.json").is_file()  # kept, though it was too much
+        assert any("step 3 scores 0.5, below 0.6 of the 1 of `model`" in note for note in report.notes)
+        assert (tmp_path / "steps" / "03.rejected" / "step.json").is_file()  # kept, though no step
+        assert len(read_history(tmp_path / "steps").steps) == 2
     with pytest.raises(ModelError, match="not one layer can go"):
         run(settings(quality_floor=0.9, importance="influence", heals=False), folder, data, tmp_path / "none",
             measure=by_depth)  # fmt: skip

@@ -142,7 +142,7 @@ def runs(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> l
 
 
 def made(
-    bench: Bench, out: Path, models: dict[str, Path], steps: Sequence[Path], tasks: Sequence[Path] = (),
+    bench: Bench, out: Path, models: dict[str, Path], steps: Sequence[Path], tasks: Sequence[Path],
     dense: Sequence[str] = (), said: Any = None, original: str = "o",
 ) -> dict[str, Any]:  # fmt: skip
     inputs: dict[str, Any] = {"model": models[original], "steps": tuple(steps), "tasks": tuple(tasks)}
@@ -324,19 +324,6 @@ def test_it_stops_between_models(models: dict[str, Path], runs: list[Path], task
     with pytest.raises(StopRequested):
         made(bench, tmp_path, models, runs, tasks, said=Stop())
     assert len(list((tmp_path / ".work").iterdir())) == 2
-
-
-@pytest.mark.usefixtures("untimed")
-def test_without_tasks_the_choosing_scores_are_shown_and_called_so(
-    models: dict[str, Path], runs: list[Path], tmp_path: Path
-) -> None:
-    bench = Bench(models, TABLE)
-    found = made(bench, tmp_path, models, runs[2:], dense=["small"])
-    assert found["scored_on"] == "choosing" and not bench.measured
-    assert row(found, "task + healing", 2)["score"] == {"mean": 0.4, "low": None, "high": None}
-    assert row(found, "ShortGPT", 3)["score"]["mean"] == 0.3  # not healed: the score after the cut
-    assert row(found, "ShortGPT", 3)["share_of_original"] == pytest.approx(0.3 / 0.8)
-    assert "the tasks that chose the layers" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.usefixtures("untimed")

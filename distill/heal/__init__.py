@@ -62,8 +62,8 @@ def heal(
     kept[j] is the teacher's layer that layer j of the cut model was; gap g lies before its layer g (0 ... L).
     Resumes from `work`, and leaves curves.jsonl there. Under torchrun every rank calls this.
 
-    Raises InputError for settings that a store can not serve, ModelError when map, store, vocabulary
-    and models do not belong together; Diverged and StopRequested as `tune` does.
+    Raises InputError for settings that the store can not serve, ModelError when map, store, vocabulary and
+    models do not belong together; Diverged and StopRequested as `tune` does.
     """
     if (store is None) == (teacher is None):
         raise InputError("healing needs one teacher: a live model, or a store")
@@ -73,7 +73,10 @@ def heal(
     check_map(kept, gaps, len(layers_of(student)), None if teacher is None else len(layers_of(teacher)))
     trained = _choose(student, gaps, settings)
     if store is not None:
-        rows = _beside(store, rows, tokenizer, settings, student.config.vocab_size)
+        opened = TopKStore(store)
+        supports = {name: LOSSES[served].support for name, (served, _) in SERVED.items()}
+        opened.check_student(folder, "logit_loss", settings.logit_loss, supports)
+        rows = opened.beside(rows, tokenizer, temperature=1.0)
     if teacher is not None:
         teacher.requires_grad_(False).eval()
     depth = kept[-1] + 1 if teacher is None else len(layers_of(teacher))
@@ -120,24 +123,3 @@ def _freeze_head(student: Any) -> None:
     student.get_decoder().norm.requires_grad_(False)
     if student.get_output_embeddings().weight is not student.get_input_embeddings().weight:
         student.get_output_embeddings().requires_grad_(False)
-
-
-def _beside(
-    folder: Path, rows: Rows[Row], tokenizer: Tokenizer, settings: HealSettings, vocab_tokens: int
-) -> Rows[Row]:
-    """`rows` with the store's columns. Raises ModelError when store and student do not go together."""
-    store = TopKStore(folder)
-    name, _ = SERVED[settings.logit_loss]
-    if store.header.support != LOSSES[name].support:
-        raise ModelError(
-            f"{folder}: logit_loss = {settings.logit_loss!r} reads a store with support = "
-            f"{LOSSES[name].support!r}; this one has {store.header.support!r}",
-            hint=f"capture with support = {LOSSES[name].support!r}, or heal toward a live teacher",
-        )
-    if vocab_tokens < store.header.vocab_tokens:
-        raise ModelError(
-            f"{folder}: the student has {vocab_tokens} ids, the teacher's distributions "
-            f"{store.header.vocab_tokens}",
-            hint="both must share a vocabulary: give the student the teacher's tokenizer first",
-        )
-    return store.beside(rows, tokenizer, temperature=1.0)

@@ -91,7 +91,7 @@ class Writer:
         if not fit:
             raise InputError(
                 f"task {name}: none of its {items} items, its answer included, fits {self.max_tokens} tokens",
-                hint="an item is never cut; give shorter ones, or a model with a longer context",
+                hint="an item is never cut: raise max_tokens, up to the model's context, or give shorter ones",
             )
         if fit < items:
             self._report.note(
