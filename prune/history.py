@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from foundation.errors import ArtifactError, InputError
 from foundation.shape import ModelShape
+from prune.kept import kept_layers
 from prune.steps import (
     AGAIN,
     RECORD,
@@ -112,6 +113,8 @@ def _check_follows(place: Path, step: Step, first: Step, before: tuple[int, ...]
         raise ArtifactError(f"{place / 'model'}: no config.json and weights in it", hint=AGAIN)
     if model_digest(place / "model") != step.model:
         raise ArtifactError(f"{place / 'model'}: its weights or config.json were altered", hint=AGAIN)
+    if kept_layers(place / "model").kept != step.kept:
+        raise ArtifactError(f"{path}: its layers are not those that its model has", hint=AGAIN)
     shape = ModelShape.from_folder(place / "model")
     if (shape.layers, shape.parameters()) != (len(left), step.parameters):
         raise ArtifactError(

@@ -48,6 +48,7 @@ def write_steps(folder: Path, models: dict[str, Path], told: dict[str, Any], **c
         place = folder / f"{number:02d}"
         shutil.copytree(models[name], place / "model")
         kept = [layer for layer in kept if layer not in removed]
+        write_kept(place / "model", Kept(told.get("layers", 6), tuple(kept), "0" * 64))
         step = {
             "step": number,
             "label": told["label"],
@@ -335,6 +336,7 @@ def test_a_model_that_had_lost_layers_before_keeps_the_original_numbers(
     write_kept(base, Kept(8, (0, 1, 3, 4, 5, 7), "x"))
     told = {"label": "l", "layers": 8, "steps": {"a1": [3]}}
     steps = write_steps(tmp_path / "steps", models, told, kept=[0, 1, 4, 5, 7])
+    write_kept(steps / "01" / "model", Kept(8, (0, 1, 4, 5, 7), "x"))
     found = made(Bench(models, TABLE), tmp_path / "out", {**models, "o": base}, [steps], tasks)
     assert found["frequency"] == [0, 0, 0, 1, 0, 0, 0, 0] and found["base"] == [0, 1, 3, 4, 5, 7]
     assert [r["layers_left"] for r in found["methods"][0]["depths"]] == [6, 5]
