@@ -212,7 +212,8 @@ def run_missing(cells: list[Cell], work: Path, jobs: int) -> None:
     """Every cell without figures, `jobs` at a time."""
     done = finished()
     missing = [cell for cell in cells if cell not in done]
-    missing.sort(key=lambda cell: cell.loss in OTHER_LOSSES)  # the paper's own tables first
+    # The paper's own tables first; then the other losses seed by seed, so that their rows stay comparable.
+    missing.sort(key=lambda cell: (cell.loss in OTHER_LOSSES, cell.seed if cell.loss in OTHER_LOSSES else 0))
     print(f"{len(cells)} cells, {len(missing)} to do", flush=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -263,10 +264,12 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("|---|---|---|---|---|---|---|")
         for row in mine:
             figure, less = row[row["metric"]], row["minus_sft"]
-            sign = "" if less is None else f"{less['mean']:+.4f} ± {less['half']:.4f}"
+            several = len(row["seeds"]) > 1
+            spread = f" ± {figure['half']:.4f}" if several else ""
+            sign = f"{less['mean']:+.4f}" + (f" ± {less['half']:.4f}" if several else "") if less else ""
             print(
                 f"| {row['alpha']} | {row['loss']} | {row['top_k'] or '-'} | {row['lambda']} "
-                f"| {len(row['seeds'])} | {figure['mean']:.4f} ± {figure['half']:.4f} | {sign} |"
+                f"| {len(row['seeds'])} | {figure['mean']:.4f}{spread} | {sign} |"
             )
 
 
