@@ -136,18 +136,19 @@ def test_stages_that_train_or_capture_take_several_processes(name: str) -> None:
     assert KINDS[name].distributed and check_settings(KINDS[name], {"processes": 2}).processes == 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", ["prune.iterate", "evaluation.score"])
-def test_a_kind_of_one_process_refuses_more(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "needs"), [("prune.iterate", {"remove_layers": 1}), ("evaluation.score", {})])
+def test_a_kind_of_one_process_refuses_more(name: str, needs: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'processes'"):
-        check_settings(KINDS[name], {"processes": 2})
+        check_settings(KINDS[name], {"processes": 2, **needs})
     recipe = tmp_path / "r.toml"
-    recipe.write_text(f'name = "r"\n[[stage]]\nname = "s"\nkind = "{name}"\nprocesses = 2\n')
+    told = "".join(f"{key} = {value}\n" for key, value in needs.items())
+    recipe.write_text(f'name = "r"\n[[stage]]\nname = "s"\nkind = "{name}"\nprocesses = 2\n{told}')
     with pytest.raises(RecipeError, match=r"r\.toml, stage 's': .*'processes'"):
         load(recipe)
 
 
 def test_a_setting_of_one_process_is_taken_everywhere() -> None:
-    assert check_settings(KINDS["prune.iterate"], {"processes": 1})
+    assert check_settings(KINDS["prune.iterate"], {"processes": 1, "remove_layers": 1})
 
 
 def test_more_processes_than_gpus_are_refused_before_anything_runs(
