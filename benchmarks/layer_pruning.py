@@ -65,28 +65,27 @@ REMOVED = {"world": 4, "stories260k": 2}
 
 
 def recipe(data: str, seed: int) -> str:
-    """The recipe of one seed: what it stands on, every pruning, and two reports."""
+    """The recipe of one seed: what it stands on, the five methods and their report, the losses and theirs."""
     text = (HERE / f"{data}.toml").read_text(encoding="utf-8")
-    text = re.sub(r"(?m)^seed = \d+$", f"seed = {seed}", text)
-    stages = [text]
+    stages = [re.sub(r"(?m)^seed = \d+$", f"seed = {seed}", text)]
     for name, settings in METHODS.items():
-        stages.append(
-            _stage(name, data, f"remove_layers = {REMOVED[data]}\n" + settings.format(heal=HEAL[data]))
-        )
-    losses = []
-    for logits, hidden in LOSSES if data == "world" else ():
-        name = f"{logits}__{hidden}"
+        told = settings.format(heal=HEAL[data])
+        stages.append(_stage(name, data, f"remove_layers = {REMOVED[data]}\n{told}"))
+    stages.append(_report("methods", list(METHODS), data))
+    if data != "world":
+        return "\n".join(stages)
+    for logits, hidden in LOSSES:
         told = f'label = "{logits} + {hidden}"\nlogit_loss = "{logits}"\nhidden_loss = "{hidden}"'
-        two = 'remove_layers = 3\nlayers_per_step = 3\nimportance = "influence"'
-        losses.append(name)
-        stages.append(_stage(name, data, f"{two}\n{HEAL[data]}\n{told}"))
+        at_once = 'remove_layers = 3\nlayers_per_step = 3\nimportance = "influence"'
+        stages.append(_stage(f"{logits}__{hidden}", data, f"{at_once}\n{HEAL[data]}\n{told}"))
+    return "\n".join([*stages, _report("losses", [f"{logits}__{hidden}" for logits, hidden in LOSSES], data)])
+
+
+def _report(name: str, prunings: list[str], data: str) -> str:
+    listed = ", ".join(f'"{pruning}.steps"' for pruning in prunings)
     dense = ', dense = ["dense8"]' if data == "world" else ""
-    for report, steps in {"methods": list(METHODS), "losses": losses}.items():
-        if steps:
-            listed = ", ".join(f'"{name}.steps"' for name in steps)
-            reads = f'model = "model", steps = [{listed}], tasks = {REPORTED[data]}{dense}'
-            stages.append(f'[[stage]]\nname = "{report}"\nkind = "prune.report"\nreads = {{ {reads} }}\n')
-    return "\n".join(stages)
+    reads = f'model = "model", steps = [{listed}], tasks = {REPORTED[data]}{dense}'
+    return f'[[stage]]\nname = "{name}"\nkind = "prune.report"\nreads = {{ {reads} }}\n'
 
 
 def _stage(name: str, data: str, settings: str) -> str:

@@ -139,7 +139,7 @@ def dense_names(folders: Sequence[Path]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for folder in folders:
         name = folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
-        name = f"dense {name or 'model'}"
+        name = name if name.startswith("dense") else f"dense {name or 'model'}"
         copies = sum(other == name or other.startswith(f"{name} (") for other in named)
         named[f"{name} ({copies + 1})" if copies else name] = folder
     return named
