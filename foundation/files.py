@@ -104,7 +104,9 @@ def writing(path: Path) -> Iterator[None]:
     """Around anything that writes under `path`: disk trouble leaves as RunError."""
     try:
         yield
-    except OSError as error:
+    except SamovarError:
+        raise
+    except Exception as error:  # not all are OSErrors: see disk_trouble
         trouble = disk_trouble(error, path)
         if trouble is None:
             raise

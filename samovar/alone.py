@@ -151,7 +151,8 @@ def _locked(order: Order, out: Path, screen: Screen) -> Manifest:
         asked = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, report.interrupt) for number in asked}
         try:
-            manifest = execute(order, report, lock.handle)
+            with writing(out):
+                manifest = execute(order, report, lock.handle)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
