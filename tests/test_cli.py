@@ -271,18 +271,19 @@ def test_two_of_one_are_refused(call: Call) -> None:
     assert said[0] == 1 and "role 'before' takes one path, and 2 match" in said[2]
 
 
-def test_a_stage_alone_stops_when_asked_and_goes_on() -> None:
-    """Ctrl-C between two steps, then the same call again."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_alone_stops_when_asked_and_goes_on(number: signal.Signals) -> None:
+    """Ctrl-C, or what a service manager sends, between two steps; then the same call again."""
 
     class Interrupting(NoScreen):
         def event(self, event: dict) -> None:
             if event["kind"] == "progress" and event["step"] == 2:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
-    out = Path("o").absolute()
+    out, before = Path("o").absolute(), signal.getsignal(number)
     with pytest.raises(StopRequested):
         run_alone("test.write", {}, {"times": 4}, out, Interrupting())
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
     manifest = run_alone("test.write", {}, {"times": 4}, out, NoScreen())
     assert manifest.figures == {"lines": 4, "resumed_at": 2}
 
