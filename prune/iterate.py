@@ -15,6 +15,7 @@ healing, tasks and file sizes work is not this room's affair: the stage table ha
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -125,7 +126,26 @@ def disagreements(
             )
     if settings.branch_step and "branch" not in reads:
         problems.append(f"branch_step = {settings.branch_step}, and no `branch` is read")
-    return problems
+    return problems + [
+        problem
+        for source in reads.get("branch", ())
+        if source is not None and isinstance(source[1], Settings)
+        for problem in _branch_problems(settings, source[1])
+    ]
+
+
+def _branch_problems(settings: Settings, source: Settings) -> list[str]:
+    """What is wrong with going on from `source`, as far as it says how many layers it removes."""
+    if source.remove_layers is None:
+        return []
+    steps = math.ceil(source.remove_layers / source.layers_per_step)
+    if settings.branch_step > steps:
+        return [f"branch_step = {settings.branch_step}, but the pruning in `branch` makes {steps} at most"]
+    gone = min((settings.branch_step or steps) * source.layers_per_step, source.remove_layers)
+    if settings.remove_layers is not None and settings.remove_layers <= gone:
+        told = f"remove_layers = {settings.remove_layers}"
+        return [f"{told}: layers are counted from `model`, and `branch` has removed {gone} by that step"]
+    return []
 
 
 def run(

@@ -374,6 +374,24 @@ def test_what_a_recipe_may_not_ask_for() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"remove_layers": 4}, ""),
+        ({"remove_layers": 3, "branch_step": 1}, ""),
+        ({"remove_layers": 4, "branch_step": 3}, "makes 2 at most"),
+        ({"remove_layers": 3}, "has removed 3 by that step"),
+        ({"remove_layers": 1, "branch_step": 1}, "has removed 2 by that step"),
+        ({"keep_layers": 2}, ""),
+    ],
+)
+def test_a_branch_is_counted_before_anything_runs(values: dict[str, Any], said: str) -> None:
+    source = iterate.Settings(remove_layers=3, layers_per_step=2)  # two steps, of two layers and one
+    reads = {"model": (None,), "data": (None,), "branch": (("prune.iterate", source),)}
+    assert said in " ".join(found := iterate.disagreements(iterate.Settings(**values), reads))
+    assert bool(found) == bool(said)
+
+
 def test_a_scoring_set_that_tells_nothing_is_refused(folder: Path, data: Path, tmp_path: Path) -> None:
     same = tmp_path / "same"
     model = load(folder)
