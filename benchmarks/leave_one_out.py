@@ -37,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from foundation.head import hidden_of
 from foundation.model import create
 from foundation.report import Silent
-from foundation.rows import Row, collate
+from foundation.rows import Row, collate, longest_first
 from foundation.task import Reading, read_tokens
-from prune.leave_one_out import batches, leave_one_out
+from prune.leave_one_out import leave_one_out
 from prune.walk import Walk
 
 PAD = 0
@@ -93,7 +93,7 @@ def naive(model: Any, rows: list[Row], batch_rows: int) -> list[list[Reading]]:
         model.model.layers = torch.nn.ModuleList(layer for layer in layers if layer is not layers[gone])
         model.config.num_hidden_layers = len(layers) - 1
         readings: list[Any] = [None] * len(rows)
-        for places in batches(rows, batch_rows):
+        for places in longest_first([len(row["input_ids"]) for row in rows], batch_rows):
             batch = collate([rows[place] for place in places], PAD)
             with torch.inference_mode():
                 hidden, head = hidden_of(model, batch)
@@ -174,7 +174,9 @@ def measured(model: Any, rows: list[Row], chosen: argparse.Namespace) -> dict[st
 
 def head_and_layer(model: Any, rows: list[Row], batch_rows: int, repeats: int = 30) -> dict[str, float]:
     """CPU seconds of a reading of a batch, and of a layer's pass, in turns."""
-    batch = collate([rows[place] for place in batches(rows, batch_rows)[0]], PAD)
+    batch = collate(
+        [rows[place] for place in longest_first([len(row["input_ids"]) for row in rows], batch_rows)[0]], PAD
+    )
     head, layer = [], []
     with torch.inference_mode():
         walk = Walk(model, batch)

@@ -67,14 +67,6 @@ def windows(ids: Sequence[int], boundary_id: int, window_tokens: int) -> list[Ro
     return rows
 
 
-def mean_nll(model: PreTrainedModel, rows: Sequence[Row], pad_id: int, batch_rows: int = 16) -> float:
-    """Negative log-likelihood of the labels, nats per counted token."""
-    total = sum(
-        _nats(model, rows[start : start + batch_rows], pad_id) for start in range(0, len(rows), batch_rows)
-    )
-    return total / sum(int((row["labels"][1:] != IGNORED).sum()) for row in rows)
-
-
 def _nats(model: PreTrainedModel, rows: Sequence[Row], pad_id: int) -> float:
     import torch
 

@@ -16,7 +16,6 @@ families of this project only; tests compare sizes with files that llama.cpp wro
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -60,7 +59,7 @@ def gguf_bytes(folder: Path, kind: str, layers: int | None = None, *, model_name
         raise ModelError(f"a GGUF file of type {kind!r} is not made here; made are {', '.join(KINDS)}")
     shape = ModelShape.from_folder(folder)
     if layers is not None:
-        shape = _with_layers(shape, layers)
+        shape = shape.with_layers(layers)
     target = check(shape)
     types = tensor_types(shape, kind)
     names = gguf_names(shape, target)
@@ -116,13 +115,6 @@ def _fitting(columns: int, wanted: str) -> str:
         return wanted
     smaller = FALLBACKS.get(wanted, wanted)
     return "F16" if columns % BLOCKS[smaller][0] else smaller
-
-
-def _with_layers(shape: ModelShape, layers: int) -> ModelShape:
-    if not 1 <= layers <= shape.layers:
-        raise ModelError(f"{layers} layers asked, the model has 1..{shape.layers}")
-    windows = sorted(shape.windows, key=lambda window: window is None)  # one that slides comes first
-    return replace(shape, layers=layers, windows=tuple(windows[:layers]))
 
 
 def _described(shape: ModelShape, model_name: str) -> Any:

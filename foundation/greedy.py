@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from foundation.errors import InputError, ModelError
 from foundation.report import Report, stop_if_asked
+from foundation.rows import longest_first
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ def greedy(
     check_prompts(model, prompts, answer_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
-    for rows in batches(prompts, batch_rows):
+    for rows in longest_first([len(prompt) for prompt in prompts], batch_rows):
         stop_if_asked(report)
         with torch.inference_mode():
             batch = left_padded([prompts[row] for row in rows], pad_id, model.device)
@@ -74,12 +75,6 @@ def check_prompts(model: Any, prompts: Sequence[Sequence[int]], answer_tokens: i
             f"({answer_tokens}); the model's context has {context}",
             hint="fewer examples in the prompt, or shorter answers",
         )
-
-
-def batches(prompts: Sequence[Sequence[int]], batch_rows: int) -> list[list[int]]:
-    """Numbers of the prompts that go together, longest first: too little memory shows at once."""
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: Any) -> dict[str, torch.Tensor]:

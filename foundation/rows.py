@@ -180,6 +180,12 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return groups
 
 
+def longest_first(lengths: Sequence[int], batch_rows: int) -> list[list[int]]:
+    """Places of `lengths` in batches of like ones, longest first: what does not fit memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
+
+
 class Endless(Generic[Item]):
     """`length` items drawn from `rows` epoch after epoch, each epoch in its own seeded order."""
 

@@ -11,7 +11,7 @@ which ones the files must hold. Key names: transformers' configuration classes, 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,16 @@ class ModelShape:
         if not self.tied:
             out["lm_head.weight"] = (self.vocab, self.hidden)
         return out
+
+    def with_layers(self, layers: int) -> ModelShape:
+        """The shape with so many layers, as far as sizes go: one that slides stays, where there is one.
+
+        Raises ModelError for more layers than there are, or none.
+        """
+        if not 1 <= layers <= self.layers:
+            raise ModelError(f"{layers} layers asked, the model has 1..{self.layers}")
+        windows = sorted(self.windows, key=lambda window: window is None)
+        return replace(self, layers=layers, windows=tuple(windows[:layers]))
 
     def parameters(self) -> int:
         """Number of weights; a tied output matrix counts once, as transformers counts."""

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foundation.files import read_json, write_json, writing
-from foundation.greedy import batches, check_prompts, go_on, left_padded, next_logits
+from foundation.greedy import check_prompts, go_on, left_padded, next_logits
 from foundation.report import Report, stop_if_asked
+from foundation.rows import longest_first
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ def generate_without(
     answers: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(layers + 1)]
     spent, naive = Passes(0, 0), Passes(0, 0)
     done = 0
-    for number, rows in enumerate(batches(prompts, batch_rows)):
+    for number, rows in enumerate(longest_first([len(prompt) for prompt in prompts], batch_rows)):
         path = folder / f"{number:06}.json"
         if (record := read_json(path)) is None:
             with torch.inference_mode():

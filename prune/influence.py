@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from foundation.errors import InputError, ModelError
 from foundation.report import Report, stop_if_asked
-from foundation.rows import Row, collate
+from foundation.rows import Row, collate, longest_first
 from prune.walk import Walk
 
 if TYPE_CHECKING:
@@ -84,14 +84,13 @@ def _batches(
 
     if not rows:
         raise InputError("there are no rows to measure hidden states on")
-    order = sorted(rows, key=lambda row: -len(row["input_ids"]))  # the longest first: what does not fit shows
-    total = -(-len(order) // batch_rows)
-    for number in range(total):
+    groups = longest_first([len(row["input_ids"]) for row in rows], batch_rows)
+    for number, places in enumerate(groups, 1):
         stop_if_asked(report)
-        chosen = order[number * batch_rows : (number + 1) * batch_rows]
+        chosen = [rows[place] for place in places]
         batch = {name: value.to(model.device) for name, value in collate(chosen, pad_id).items()}
         yield batch, torch.tensor([len(row["input_ids"]) for row in chosen], device=model.device)
-        report.progress(number + 1, total, "batch")
+        report.progress(number, len(groups), "batch")
 
 
 def _cosine_sums(model: PreTrainedModel, batch: dict[str, torch.Tensor], real: torch.Tensor) -> torch.Tensor:

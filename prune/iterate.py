@@ -19,7 +19,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -165,7 +165,7 @@ def run(
     apart, Diverged when the first healing does. A later one that diverges, or falls below quality_floor, ends
     the pruning with the step before it.
     """
-    pruning = _Pruning(settings, inputs, out, report, heal, tasks, measure, file_bytes)
+    pruning = _Pruning(settings, inputs, out, report, _Acts(heal, tasks, measure, file_bytes))
     steps = pruning.steps  # those that are there from an earlier try, or another pruning, are taken as they are
     given = [name for name in TARGETS if getattr(settings, name) is not None]
     stopped_by = given[0] if given else "one layer left"
@@ -207,28 +207,27 @@ def run(
     }
 
 
+class _Acts(NamedTuple):
+    """What other rooms do for this one."""
+
+    heal: Callable[..., Any]
+    tasks: LoadTasks
+    measure: Callable[..., Any]
+    file_bytes: FileBytes
+
+
 class _Pruning:
     """Everything that the steps share, and the model as the last of them left it."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        inputs: Inputs,
-        out: Path,
-        report: Report,
-        heal: Callable[..., Any],
-        tasks: LoadTasks,
-        measure: Callable[..., Any],
-        file_bytes: FileBytes,
-    ) -> None:
+    def __init__(self, settings: Settings, inputs: Inputs, out: Path, report: Report, acts: _Acts) -> None:
         self.settings, self.inputs, self.out, self.report = settings, inputs, out, report
-        self.heal, self.measure, self.file_bytes = heal, measure, file_bytes
+        self.acts = acts
         self.folder, self.work = one(inputs, "model"), out / ".work"
         self.tokenizer = Tokenizer(self.folder)
         self.base = kept_layers(self.folder)
-        self.goal = layers_to_keep(settings, self.folder, file_bytes)
+        self.goal = layers_to_keep(settings, self.folder, acts.file_bytes)
         self.original = model_digest(self.folder)
-        self.loaded: list[Task] = scoring_tasks(settings, inputs, self.folder, tasks, report)
+        self.loaded: list[Task] = scoring_tasks(settings, inputs, self.folder, acts.tasks, report)
         self.rows = self._healing_rows() if settings.heals else []
         self.steps: list[Step] = []
         if "branch" in inputs:
@@ -290,7 +289,7 @@ class _Pruning:
         work.mkdir(parents=True, exist_ok=True)
         costs, before = self._costs(work, number)
         count = min(self.settings.layers_per_step, len(kept.kept) - self.goal)
-        gone = costs.cheapest(count) if costs.width == 1 else costs.cheapest(count)[:count]
+        gone = costs.cheapest(count)
         removed = [kept.kept[at] for at in gone]
         what = f"layer {removed[0]} goes" if len(removed) == 1 else f"layers {', '.join(map(str, removed))} go"
         report.note(f"step {number}: {what}")
@@ -353,7 +352,10 @@ class _Pruning:
             width = min(self.settings.layers_per_step, len(kept) - self.goal)
         original = self.teacher if kind == "kl" and self.steps else None
         costs = scorer.costs(kind, load(self.current), f"step {number}", original=original, width=width)
-        before = self.own[-1].score if self.own else self._score(self.current)
+        if self.own:
+            before = self.own[-1].score
+        else:
+            before = self._score(self.current) if self.steps else self._score_original()
         write_json(work / "costs.json", {"costs": vars(costs), "before": before})
         return costs, before
 
@@ -370,14 +372,14 @@ class _Pruning:
     def _file_sizes(self, folder: Path) -> dict[str, int]:
         """Bytes as GGUF by type; none for a model that llama.cpp can not compute, such as Mistral's windows."""
         try:
-            return {kind: self.file_bytes(folder, kind) for kind in TOLD_TYPES}
+            return {kind: self.acts.file_bytes(folder, kind) for kind in TOLD_TYPES}
         except ModelError as error:
             self.report.note(f"no GGUF sizes: {error.message}")
             return {}
 
     def _score(self, folder: Path) -> float:
         """Mean score of the model in `folder` on the tasks that layers are scored on."""
-        found = self.measure(
+        found = self.acts.measure(
             load(folder), self.loaded, self.tokenizer.pad_id, self.report, batch_rows=self.settings.score_rows
         )
         return mean_score([task.scores for task in found])
@@ -387,7 +389,7 @@ class _Pruning:
         gaps = sorted({at - number for number, at in enumerate(sorted(gone))})
         places = [self.base.kept.index(layer) for layer in left.kept]
         store = one(self.inputs, "teacher") if "teacher" in self.inputs else None
-        healed = self.heal(
+        healed = self.acts.heal(
             work / "cut",
             None if store else self.teacher,
             places,
@@ -401,8 +403,6 @@ class _Pruning:
             tokenizer=self.tokenizer,
         )
         link_tree(work / "cut", out)
-        for path in out.glob("*.safetensors*"):
-            path.unlink()
         trained = healed.model.state_dict()
         changed = {name: trained[name] for name in healed.changed}
         write_tensors(out, _with(TensorFiles(work / "cut"), changed))

@@ -26,7 +26,7 @@ from foundation.errors import InputError
 from foundation.files import write_atomic
 from foundation.head import hidden_of
 from foundation.report import Report, stop_if_asked
-from foundation.rows import Row, collate
+from foundation.rows import Row, collate, longest_first
 from foundation.task import Reading, read_tokens
 from prune.spill import Spill
 from prune.walk import Walk
@@ -83,7 +83,7 @@ def leave_one_out(
     if not rows:
         raise InputError("there are no rows to score layers on")
     layers = len(model.model.layers)
-    groups = batches(rows, batch_rows)
+    groups = longest_first([len(row["input_ids"]) for row in rows], batch_rows)
     facts = [FORMAT, identity, layers, pad_id, batch_rows, variants_at_once, with_kl, original is not None]
     stem = _digest(facts, rows)
     readings: list[list[Any]] = [[None] * len(rows) for _ in range(layers + 1)]
@@ -106,12 +106,6 @@ def leave_one_out(
                 held_bytes=states.peak_held_bytes, spilled_bytes=states.peak_filed_bytes,
             )  # fmt: skip
     return LeaveOneOut(readings[0], readings[1:], passes, len(groups) * layers * (layers - 1))
-
-
-def batches(rows: Sequence[Row], batch_rows: int) -> list[list[int]]:
-    """Places of `rows` in batches of like length, the longest first: what does not fit shows at once."""
-    order = sorted(range(len(rows)), key=lambda place: (-len(rows[place]["input_ids"]), place))
-    return [order[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
 
 
 def _read_batch(

@@ -28,11 +28,13 @@ from foundation.stage import Figures, Inputs, many, one
 from foundation.tokenizer import Tokenizer
 from prune.figures import draw
 from prune.history import History, read_history
+from prune.importance import LoadTasks
 from prune.kept import kept_layers
 from prune.page import page
 from prune.speed import relative_speed
 from prune.steps import model_digest
 from prune.summary import summary
+from prune.target import FileBytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,12 +56,8 @@ class Outcome(Protocol):
     def figures(self) -> Mapping[str, float]: ...
 
 
-LoadTasks = Callable[..., list[Any]]
-"""tasks(paths, tokenizer, report, max_tokens=..., max_items=...) -> loaded tasks"""
 Measure = Callable[..., Sequence[Outcome]]
 """measure(model, loaded_tasks, pad_id, report, batch_rows=...) -> one outcome a task"""
-GgufBytes = Callable[[Path, str], int]
-"""gguf_bytes(folder, type) -> bytes of the model's GGUF file of that type"""
 
 
 class Settings(StageSettings):
@@ -79,7 +77,7 @@ def run(
     *,
     tasks: LoadTasks,
     measure: Measure,
-    gguf_bytes: GgufBytes,
+    gguf_bytes: FileBytes,
 ) -> Figures:
     """Write out/report.json, out/report.md, out/score.svg, out/order.svg and out/frequency.svg.
 
@@ -157,7 +155,7 @@ class Bench:
         report: Report,
         tasks: LoadTasks,
         measure: Measure,
-        gguf_bytes: GgufBytes,
+        gguf_bytes: FileBytes,
     ) -> None:
         self.settings, self.original, self.task_files, self.work = settings, original, task_files, work
         self.report, self.tasks, self.measure, self.gguf_bytes = report, tasks, measure, gguf_bytes

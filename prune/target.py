@@ -7,7 +7,6 @@ it is written, so every target is turned into a number of layers before the firs
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,18 +64,13 @@ def layers_to_keep(settings: TargetSettings, folder: Path, file_bytes: FileBytes
         )
         return settings.keep_layers
     if settings.keep_parameters is not None:
-        size = {n: with_layers(shape, n).parameters() for n in range(1, shape.layers + 1)}
+        size = {n: shape.with_layers(n).parameters() for n in range(1, shape.layers + 1)}
         return _largest(size, settings.keep_parameters, "parameters")
     if settings.keep_bytes is not None:
         kind = settings.keep_bytes_as
         size = {n: file_bytes(folder, kind, layers=n) for n in range(1, shape.layers + 1)}
         return _largest(size, settings.keep_bytes, f"bytes as {kind}")
     return 1
-
-
-def with_layers(shape: ModelShape, layers: int) -> ModelShape:
-    """The shape with so many layers; which ones does not matter for sizes."""
-    return replace(shape, layers=layers, windows=shape.windows[:layers])
 
 
 def _largest(size: dict[int, int], limit: int, unit: str) -> int:

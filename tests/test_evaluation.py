@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tiny import tiny_model
 
 from evaluation import compare, score
-from evaluation.bits import bits_per_byte, mean_nll, windows
+from evaluation.bits import bits_per_byte, windows
+from evaluation.tasks import read
 from foundation.chat import IGNORED
 from foundation.dataio import write_jsonl
 from foundation.errors import ArtifactError, InputError, ModelError
@@ -71,7 +72,8 @@ def test_mean_nll_of_a_uniform_model(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()
     rows = windows(list(range(50)), 0, 64)
-    assert mean_nll(model, rows, 0) == pytest.approx(math.log(400), rel=1e-5)
+    (reading,) = read(model, rows, 0, Silent())
+    assert reading.nll.mean() == pytest.approx(math.log(400), rel=1e-5)
 
 
 @pytest.mark.slow

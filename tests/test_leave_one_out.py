@@ -18,9 +18,9 @@ from foundation.errors import InputError, StopRequested
 from foundation.head import hidden_of
 from foundation.model import create
 from foundation.report import Silent
-from foundation.rows import Row, collate
+from foundation.rows import Row, collate, longest_first
 from foundation.task import Reading, read_tokens
-from prune.leave_one_out import LeaveOneOut, batches, leave_one_out
+from prune.leave_one_out import LeaveOneOut, leave_one_out
 
 VOCAB, WINDOW, PAD = 61, 4, 0
 ROUNDING = 5e-5  # of float32, nats
@@ -110,7 +110,7 @@ def test_unbatched_variants_have_the_bits_of_models_whose_layer_is_gone(family: 
     for gone, readings in [(None, found.whole), *enumerate(found.without)]:
         naive = model if gone is None else really_without(model, gone)
         wanted: list[Any] = [None] * len(rows)
-        for places in batches(rows, 3):
+        for places in longest_first([len(row["input_ids"]) for row in rows], 3):
             batch = collate([rows[place] for place in places], PAD)
             with torch.inference_mode():
                 hidden, head = hidden_of(naive, batch)
