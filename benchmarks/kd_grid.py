@@ -30,7 +30,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from seeds import ROOT, half_width
+
 HERE = ROOT / "benchmarks" / "kd_grid"
 RESULTS = ROOT / "benchmarks" / "results"
 CELLS, RESULT = RESULTS / "kd_grid.jsonl", RESULTS / "kd_grid.json"
@@ -41,7 +42,6 @@ LAMBDAS, TOP_KS = (0.1, 0.2, 0.5, 1.0), (10, 100)
 PUBLISHED = "published_code"
 OTHER_LOSSES = ("published", "shift_invariant", "renormalised_kl", "forward_kl", "reverse_kl", "sampled_kl")
 OTHER_LAMBDA, OTHER_K = 1.0, 100
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 TRAINING = {
     "world": {"steps": 200, "batch_rows": 16, "learning_rate": 6e-3, "max_tokens": 256},
     "stories": {"steps": 100, "batch_rows": 8, "learning_rate": 6e-3, "max_tokens": 384},
@@ -251,7 +251,7 @@ def tables(cells: list[Cell]) -> dict[str, Any]:
 
 def interval(values: list[float]) -> dict[str, float]:
     """Mean, and half the width of its 95 % interval (Student's t); 0 with a single seed."""
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    half = half_width(values) if len(values) > 1 else 0.0
     return {"mean": statistics.mean(values), "half": half}
 
 

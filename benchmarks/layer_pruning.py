@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from seeds import DATA, ROOT, mean, run_recipe
+
 HERE = ROOT / "benchmarks" / "layer_pruning"
 RESULT = ROOT / "benchmarks" / "results" / "layer_pruning.json"
 PICTURES = ROOT / "docs" / "pruning"
-DATA = Path(os.environ.get("SAMOVAR_DATA", ROOT.parent / "shared" / "data"))
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, two-sided 95 %, by number of seeds
 
 METHODS = {
     "shortgpt": 'importance = "influence"\nrescore = false\nheals = false',
@@ -62,7 +59,7 @@ REPORTED = {
     "stories260k": '["held", "continued"]',
 }
 REMOVED = {"world": 4, "stories260k": 2}
-# What the paper's way of healing (the neighbours, a weight of 1/100) leaves on the table in a model this shallow.
+# What the paper's way of healing (neighbours, a weight of 1/100) leaves on the table in a model this shallow.
 BEYOND = {
     "world": {},
     "stories260k": {
@@ -99,17 +96,6 @@ def _report(name: str, prunings: list[str], data: str) -> str:
 
 def _stage(name: str, data: str, settings: str) -> str:
     return f'[[stage]]\nname = "{name}"\nkind = "prune.iterate"\n{READS[data]}\n{settings}\n'
-
-
-def run(data: str, seed: int, out: Path) -> Path:
-    """Run (or finish) the recipe of one seed; returns the run's folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    path, folder = out / f"{data}-{seed}.toml", out / f"{data}-{seed}"
-    path.write_text(recipe(data, seed), encoding="utf-8")
-    command = [sys.executable, "-m", "samovar.cli", "run", "--out", str(folder), str(path)]
-    with (out / f"{data}-{seed}.log").open("ab") as log:
-        subprocess.run(command, cwd=ROOT, check=True, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    return folder
 
 
 def write_stories(out: Path) -> None:
@@ -205,14 +191,6 @@ def show(found: dict[str, Any]) -> None:
             print(f"{label:36}" + " | ".join(orders))
 
 
-def mean(values: list[float]) -> str:
-    """Mean and half of its 95 % interval over seeds."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=HEAL, default=list(HEAL))
@@ -226,7 +204,7 @@ def main() -> int:
             write_stories(options.out)
         for seed in options.seeds:
             for data in options.data:
-                folder = run(data, seed, options.out)
+                folder = run_recipe(recipe(data, seed), options.out / f"{data}-{seed}")
                 for report in ("methods", "losses"):
                     if (folder / report).is_dir():
                         found.setdefault(f"{data}, {report}", {})[str(seed)] = figures(folder, report)
