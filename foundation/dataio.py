@@ -19,6 +19,7 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")  # endings, compared without case; a
 ROLES = ("system", "user", "assistant")
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_LINE_BYTES = 64 * 2**20
+_PREPARE = "read text of other encodings with a corpora.prepare stage, which finds them out, or convert it"
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -40,7 +41,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
             raise InputError(
                 f"{path}, line 1: UTF-16, by its first two bytes",
-                hint=f"convert it first: iconv -f utf-16 -t utf-8 {path.name} > utf8-{path.name}",
+                hint=f"{_PREPARE}: iconv -f utf-16 -t utf-8 {path.name} > utf8-{path.name}",
             )
         file.seek(0)
         while raw := file.readline(MAX_LINE_BYTES):
@@ -50,7 +51,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             if b"\0" in raw:
                 raise InputError(
                     f"{path}, line {number}: a NUL byte; this is a binary file, or UTF-16",
-                    hint="give text in UTF-8: plain text, or JSON lines",
+                    hint="give text in UTF-8, plain or JSON lines; corpora.prepare reads UTF-16 too",
                 )
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -60,7 +61,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise InputError(
                     f"{path}, line {number}: not UTF-8 (byte {error.start}: 0x{raw[error.start]:02x}); "
                     + (f"it reads like {seen}" if seen else "its encoding can not be told"),
-                    hint=f"convert it first: iconv -f {seen or 'ENCODING'} -t utf-8 {name} > utf8-{name}",
+                    hint=f"{_PREPARE}: iconv -f {seen or 'ENCODING'} -t utf-8 {name} > utf8-{name}",
                 ) from None
             yield number, text.rstrip("\r\n")
 
@@ -79,7 +80,12 @@ def _likely_encoding(raw: bytes) -> str:
 
 def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of a JSON-lines file; empty lines are passed over."""
-    for number, line in lines(path):
+    return parsed(lines(path), str(path))
+
+
+def parsed(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON object of each numbered line of `path` that is not empty."""
+    for number, line in numbered:
         if not line.strip():
             continue
         try:
@@ -119,15 +125,20 @@ def documents(paths: Iterable[Path], field: str = "text") -> Iterator[str]:
     """
     for path in paths:
         found = False
-        for text in _jsonl(path, field) if path.suffix.lower() in JSON_LINES else _plain(path):
+        if path.suffix.lower() in JSON_LINES:
+            texts = texts_under(field, records(path), str(path))
+        else:
+            texts = paragraphs(lines(path), str(path))
+        for text in texts:
             found = True
             yield text
         if not found:
             raise InputError(f"{path}: holds no document", hint="every line is empty or blank")
 
 
-def _jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, record in records(path):
+def texts_under(field: str, numbered: Iterable[tuple[int, dict[str, Any]]], path: str) -> Iterator[str]:
+    """The text under `field` of each numbered record of `path`, blank ones passed over."""
+    for number, record in numbered:
         text = record.get(field)
         if not isinstance(text, str):
             raise InputError(
@@ -138,14 +149,22 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
             yield text
 
 
-def _plain(path: Path) -> Iterator[str]:
+def paragraphs(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[str]:
+    """Documents of plain text: lines up to an empty one. One that has no end in sight is refused."""
     paragraph: list[str] = []
-    for _, line in lines(path):
+    characters = 0
+    for number, line in numbered:
         if line.strip():
             paragraph.append(line)
+            characters += len(line) + 1
+            if characters > MAX_LINE_BYTES:
+                raise InputError(
+                    f"{path}, line {number}: a document of more than {MAX_LINE_BYTES} characters",
+                    hint="end each document with an empty line, or give JSON lines",
+                )
         elif paragraph:
             yield "\n".join(paragraph)
-            paragraph = []
+            paragraph, characters = [], 0
     if paragraph:
         yield "\n".join(paragraph)
 

@@ -1,7 +1,8 @@
-"""The [inputs] of a recipe on this machine: files, folders, patterns, and models of the Hugging Face hub.
+"""The [inputs] of a recipe on this machine: files, folders, patterns, and what lies on the Hugging Face hub.
 
-A hub model is taken from the local cache as it stands there, so that a run does not change because the hub
-did; pin it with owner/name@revision. It is downloaded only when it is missing and a run is about to start.
+`owner/name` is a model and `datasets/owner/name` a dataset, as in their addresses. Either is taken from the
+local cache as it stands there, so that a run does not change because the hub did; pin it with @revision at the
+end. It is downloaded only when it is missing and a run is about to start.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from foundation.errors import InputError, MissingError, SamovarError
-from foundation.files import DigestCache
+from foundation.files import DigestCache, visible_files
 from samovar.recipe import Recipe
 
 # What a model's folder on the hub holds beside the files that a stage reads: older or foreign copies.
 _HUB_IGNORED = ("*.bin", "*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*", "onnx/*")
 _FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst", ".toml", ".gguf")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+# What no reader of corpora takes: code, pickles, archives, arrays, pictures and sound.
+_HUB_DATASET_IGNORED = (
+    "*.py", "*.pkl", "*.pickle", "*.zip", "*.tar", "*.tar.*", "*.7z",
+    "*.pt", "*.pth", "*.bin", "*.npy", "*.npz", "*.h5",
+    "*.png", "*.jpg", "*.jpeg", "*.wav", "*.mp3", "*.flac", "*.mp4",
+)  # fmt: skip
+_HUB_ID = re.compile(r"(datasets/)?[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_SHARD = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})(\.[^/]*)")
 
 
 class Inputs:
@@ -47,7 +55,7 @@ class Inputs:
 
 
 def find_input(value: str, base: Path, download: bool) -> tuple[Path, ...]:
-    """What an input's value names: a file or folder, the matches of a pattern, or a model of the hub."""
+    """What an input's value names: a file or folder, the matches of a pattern, or what the hub has."""
     path = (base / Path(value).expanduser()).absolute()
     if path.exists():
         return (path,)
@@ -65,7 +73,7 @@ def find_input(value: str, base: Path, download: bool) -> tuple[Path, ...]:
 
 
 def missing_inputs(inputs: Mapping[str, object], base: Path) -> list[str]:
-    """One line for each path or pattern that names nothing here. Models of the hub are not looked for."""
+    """One line for each path or pattern that names nothing here. The hub is not asked."""
     problems = []
     for name, value in inputs.items():
         if isinstance(value, str) and (not _HUB_ID.fullmatch(value) or value.endswith(_FILE_SUFFIXES)):
@@ -78,8 +86,16 @@ def missing_inputs(inputs: Mapping[str, object], base: Path) -> list[str]:
 
 
 def _hub_snapshot(value: str, path: Path, download: bool) -> Path:
-    """The folder of a hub model: from the local cache as it is, else downloaded when that is allowed."""
-    command = f"hf download {value.replace('@', ' --revision ')}"
+    """The folder of a hub id: from the local cache as it is, else downloaded when that is allowed."""
+    is_dataset = value.startswith("datasets/")
+    thing, lacks, is_whole, ignored = (
+        ("dataset", "no files, or not all of its shards", _is_whole_dataset, _HUB_DATASET_IGNORED)
+        if is_dataset
+        else ("model", "no config.json or not all of its .safetensors", _is_whole, _HUB_IGNORED)
+    )
+    repository, _, revision = value.removeprefix("datasets/").partition("@")
+    command = f"hf download {repository}" + f" --revision {revision}" * bool(revision)
+    command += " --repo-type dataset" * is_dataset
     offline = (
         f"give a local folder instead ({path} is not one), or on a machine with network run "
         f"`{command}` and copy its cache here (~/.cache/huggingface, or where HF_HOME says)"
@@ -87,14 +103,15 @@ def _hub_snapshot(value: str, path: Path, download: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        problem = f"'{value}' is a model of the hub, and huggingface_hub is not installed"
+        problem = f"'{value}' is a {thing} of the hub, and huggingface_hub is not installed"
         raise MissingError(problem, hint=f"pip install 'samovar[train]', or {offline}") from error
-    repository, _, revision = value.partition("@")
-    wanted: dict[str, Any] = {"revision": revision or None, "ignore_patterns": list(_HUB_IGNORED)}
+    wanted: dict[str, Any] = {"revision": revision or None, "ignore_patterns": list(ignored)}
+    if is_dataset:
+        wanted["repo_type"] = "dataset"
     for local in (True, False):
         if not local and not download:
             raise MissingError(
-                f"'{value}' is no path here, and no whole model in the local hub cache", hint=offline
+                f"'{value}' is no path here, and no whole {thing} in the local hub cache", hint=offline
             )
         try:
             folder = Path(snapshot_download(repository, local_files_only=local, **wanted))
@@ -103,9 +120,9 @@ def _hub_snapshot(value: str, path: Path, download: bool) -> Path:
                 problem = f"'{value}' could not be downloaded: {_first_line(error)}"
                 raise MissingError(problem, hint=offline) from error
         else:
-            if _is_whole(folder):
+            if is_whole(folder):
                 return folder
-    raise MissingError(f"'{value}' has no config.json or not all of its .safetensors", hint=offline)
+    raise MissingError(f"'{value}' has {lacks}", hint=offline)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -115,6 +132,18 @@ def _is_whole(folder: Path) -> bool:
         return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
     shards = set(json.loads(index.read_text())["weight_map"].values())
     return all((folder / shard).is_file() for shard in shards)
+
+
+def _is_whole_dataset(folder: Path) -> bool:
+    """False for a snapshot without files, or without one of the shards that the names of others count."""
+    names = {*visible_files(folder)}
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    missing = (
+        f"{match[1]}-{number:05d}-of-{match[2]}{match[3]}" not in names
+        for match in shards
+        for number in range(int(match[2]))
+    )
+    return bool(names) and not any(missing)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,341 @@
+"""Foreign corpora: each kind of file gives its documents, as `datasets` gives them, or is refused by name."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from corpora import encodings
+from corpora.folders import inferred
+from corpora.readers import Choice, documents_in, documents_of, sources_of
+from foundation import dataio
+from foundation.errors import InputError
+from foundation.report import Silent
+
+TEXTS = ["Первый рассказ.\nВторая строка.", 'The second, "quoted"; text', "третий\tрассказ 🚀"]
+pyarrow = pytest.importorskip("pyarrow")
+import pyarrow.parquet as parquet  # noqa: E402
+
+
+def read(path: Path, field: str = "text", **more: str) -> list[str]:
+    return list(documents_of([path], field, report=Silent(), **more))
+
+
+def as_lines(texts: list[str], encoding: str = "utf-8", field: str = "text") -> bytes:
+    return "".join(json.dumps({field: t}, ensure_ascii=False) + "\n" for t in texts).encode(encoding, "ignore")
+
+
+def write_parquet(path: Path, texts: list[str | None], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({"id": list(range(len(texts))), column: texts}), path, row_group_size=2)
+    return path
+
+
+def zst(data: bytes) -> bytes:
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("ending", [".jsonl", ".NDJSON", ".json"])
+def test_json_lines_packed_or_not(tmp_path: Path, ending: str, packed: str) -> None:
+    path = tmp_path / f"a{ending}{packed.upper() if ending.isupper() else packed}"
+    path.write_bytes(PACKERS[packed](as_lines(TEXTS)))
+    assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_plain_text_packed_or_not_in_an_old_encoding(tmp_path: Path, packed: str) -> None:
+    (tmp_path / f"a.txt{packed}").write_bytes(
+        PACKERS[packed](
+            "Первая строка этого рассказа\r\nвторая\r\n\r\n\r\nВторой рассказ, конечно\r\n".encode("cp1251")
+        )
+    )
+    report = Silent()
+    [source] = sources_of([tmp_path / f"a.txt{packed}"], Choice(), report)
+    assert list(documents_in(source)) == [
+        "Первая строка этого рассказа\nвторая", "Второй рассказ, конечно"
+    ]  # fmt: skip
+    assert source.encoding == "cp1251" and source.done_bytes == source.size_bytes
+    assert report.notes == [
+        note for note in report.notes if note.startswith(f"a.txt{packed}: cp1251, judged by")
+    ]
+
+
+def test_members_joined_end_to_end_are_one_file(tmp_path: Path) -> None:
+    for packed in (".gz", ".bz2", ".xz", ".zst"):
+        path = tmp_path / f"a.jsonl{packed}"
+        path.write_bytes(PACKERS[packed](as_lines(TEXTS[:1])) + PACKERS[packed](as_lines(TEXTS[1:])))
+        assert read(path) == TEXTS, packed
+
+
+def test_lines_of_an_old_mac(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rstill one\r\rtwo\r")
+    assert read(tmp_path / "a.txt") == ["one\nstill one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1251", "utf-16"])
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
+def test_tables(tmp_path: Path, encoding: str, ending: str, delimiter: str) -> None:
+    texts = [*TEXTS[:2], "Третий рассказ, подлиннее: мама мыла раму"]
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows(
+        [["id", "text"], *([n, text] for n, text in enumerate(texts))]
+    )
+    path = tmp_path / f"a.{ending}"
+    path.write_bytes(file.getvalue().encode(encoding))
+    assert [text.replace("\r\n", "\n") for text in read(path)] == texts
+
+
+def test_parquet_and_its_kinds_of_text(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [TEXTS[0], None, " ", TEXTS[1], TEXTS[2]])
+    assert read(path) == TEXTS
+    for kind in (pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        parquet.write_table(pyarrow.table({"text": pyarrow.array(TEXTS).cast(kind)}), path)
+        assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"story": "x"}\n', r"a\.jsonl, line 1: no text under 'text'; the keys are \['story'\]"),
+        ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl: holds no document"),
+        ("a.txt", b"text\n\0\0", r"a\.txt, line 2: a NUL byte"),
+        ("a.txt", gzip.compress(b"x"), r"a\.txt is a gzip file"),
+        ("a.jsonl.gz", gzip.compress(as_lines(TEXTS * 99))[:-12], r"a\.jsonl\.gz is damaged, cut off"),
+        ("a.jsonl.gz", as_lines(TEXTS), r"a\.jsonl\.gz is damaged, .*Not a gzipped file"),
+        ("a.jsonl.bz2", bz2.compress(as_lines(TEXTS))[:-9], r"a\.jsonl\.bz2 is damaged, cut off"),
+        ("a.jsonl.bz2", as_lines(TEXTS), r"a\.jsonl\.bz2 is damaged"),
+        ("a.jsonl.xz", lzma.compress(as_lines(TEXTS * 99))[:-40], r"a\.jsonl\.xz is damaged, cut off"),
+        ("a.jsonl.xz", as_lines(TEXTS), r"a\.jsonl\.xz is damaged"),
+        ("a.jsonl.zst", zst(as_lines(TEXTS))[:-9], r"a\.jsonl\.zst is damaged, cut off"),
+        ("a.jsonl.zst", as_lines(TEXTS), r"a\.jsonl\.zst is damaged"),
+        ("a.parquet", as_lines(TEXTS), r"a\.parquet is damaged, cut off"),
+        ("a.csv", b"id,story\n1,x\n", r"a\.csv, line 1: no column 'text'; there: id, story"),
+        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, line 3: 1 columns; 'text' is column 2"),
+        ("a.csv", b'id,text\n1,"open\n2,y\n', r"a\.csv, line 3: not a table"),
+        ("a.pkl", pickle.dumps(TEXTS), r"a\.pkl is unpickled, which runs what it holds"),
+        ("a.zip", b"PK\x03\x04", r"a\.zip is an archive"),
+        ("a.py", b"text = 1", r"a\.py is code, which is not run"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said) as caught:
+        read(tmp_path / name)
+    assert caught.value.hint
+
+
+def test_bad_parquet_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", TEXTS, "story")
+    with pytest.raises(InputError, match=r"a\.parquet: no column 'text'; there: id, story"):
+        read(path)
+    with pytest.raises(InputError, match=r"a\.parquet: column 'id' holds int64, not text"):
+        read(path, "id")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\.parquet is damaged, cut off"):
+        read(path, "story")
+    broken = pyarrow.StringArray.from_buffers(1, pyarrow.array([0, 2], pyarrow.int32()).buffers()[1],
+                                              pyarrow.py_buffer(b"\xff\xfe"))  # fmt: skip
+    parquet.write_table(pyarrow.table({"text": broken}), path)
+    with pytest.raises(InputError, match=r"rows 1 to 1: column 'text' is not UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("packed", [".gz", ".xz"])
+def test_a_bomb_is_refused_by_its_line(tmp_path: Path, packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (dataio, encodings):
+        monkeypatch.setattr(module, "MAX_LINE_BYTES", 2**16)
+    (tmp_path / f"a.jsonl{packed}").write_bytes(PACKERS[packed](b'{"text": "x"}\n' + b"0" * 2**22))
+    with pytest.raises(InputError, match="line 2: longer than 65536 bytes"):
+        read(tmp_path / f"a.jsonl{packed}")
+    (tmp_path / f"a.txt{packed}").write_bytes(PACKERS[packed](b"line\n" * 2**17))
+    with pytest.raises(InputError, match="a document of more than 65536 characters"):
+        read(tmp_path / f"a.txt{packed}")
+
+
+# ----------------------------------------------------------------------------------------------------- folders
+
+
+def splits_of(datasets: object, folder: Path, cache: Path, **more: str) -> dict[str, list[str]]:
+    """What the library itself reads there."""
+    found = datasets.load_dataset(str(folder), cache_dir=str(cache), streaming=True, **more)  # type: ignore[attr-defined]
+    return {split: [row["text"] for row in rows] for split, rows in found.items()}
+
+
+README = """---
+license: mit
+configs:
+- config_name: big
+  default: true
+  data_files:
+  - split: train
+    path: big/*.jsonl
+  - split: extra
+    path: [more/b.jsonl, more/a.jsonl]
+- config_name: small
+  data_dir: small
+- config_name: plain
+  data_files: "*.jsonl"
+---
+# A dataset
+"""
+LAYOUTS = {
+    "all are train": ["a.jsonl", "b.jsonl", "deep/er/c.jsonl", "training.jsonl"],
+    "by file": ["train.jsonl", "dev.jsonl", "my-test_1.jsonl", "other.jsonl", "contest.jsonl"],
+    "by folder": ["train/a.jsonl", "train/test.jsonl", "validation set/a.jsonl", "eval/b.jsonl", "x.jsonl"],
+    "shards": ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl",
+               "data/odd_one-00000-of-00001.jsonl", "train.jsonl"],
+    "declared": ["README.md", "big/1.jsonl", "big/2.jsonl", "more/a.jsonl", "more/b.jsonl", "top.jsonl",
+                 "small/test.jsonl", "small/train.jsonl"],
+}  # fmt: skip
+WITH_SUBSETS = [*((name, "") for name in LAYOUTS), ("declared", "small"), ("declared", "plain")]
+
+
+def lay(folder: Path, names: list[str]) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(README.encode() if name == "README.md" else as_lines([f"text of {name}"]))
+
+
+@pytest.mark.parametrize(("layout", "subset"), WITH_SUBSETS)
+def test_a_folder_is_split_as_the_library_splits_it(tmp_path: Path, layout: str, subset: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "set"
+    lay(folder, LAYOUTS[layout])
+    theirs = splits_of(datasets, folder, tmp_path / "cache", **({"name": subset} if subset else {}))
+    assert theirs
+    for split, texts in theirs.items():
+        assert sorted(read(folder, split=split, subset=subset)) == sorted(texts), split
+    with pytest.raises(InputError, match=r"no split 'nowhere'; there: ") as caught:
+        read(folder, split="nowhere", subset=subset)
+    said = caught.value.message.partition("there: ")[2].split(", ")
+    assert {*said} == {*theirs}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_other_files_of_a_folder_as_the_library_reads_them(tmp_path: Path, kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    texts = ["один", 'two, "2"', "three\nlines"]
+    (tmp_path / "set").mkdir()
+    if kind == "parquet":
+        write_parquet(tmp_path / "set" / "train-0.parquet", texts)
+    else:
+        with (tmp_path / "set" / "train.csv").open("w", encoding="utf-8", newline="\n") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    assert splits_of(datasets, tmp_path / "set", tmp_path / "cache") == {"train": texts}
+    assert read(tmp_path / "set") == texts
+
+
+def test_what_a_folder_left_out_is_told(tmp_path: Path) -> None:
+    lay(tmp_path / "set", ["train.jsonl", "test.jsonl"])
+    for name in ("LICENSE", "script.py"):
+        (tmp_path / "set" / name).write_text("raise SystemExit")
+    report = Silent()
+    assert list(documents_of([tmp_path / "set"], report=report)) == ["text of train.jsonl"]
+    assert report.notes == [
+        f"{tmp_path / 'set'}: 1 files read, 3 left out, such as test.jsonl, LICENSE, script.py"
+    ]
+
+
+def test_subsets_that_are_not_there(tmp_path: Path) -> None:
+    lay(tmp_path / "set", LAYOUTS["declared"])
+    with pytest.raises(InputError, match=r"no subset 'tiny'; there: big, small, plain"):
+        read(tmp_path / "set", subset="tiny")
+    lay(tmp_path / "bare", ["a.jsonl"])
+    with pytest.raises(InputError, match="has no subsets; 'tiny' was asked for"):
+        read(tmp_path / "bare", subset="tiny")
+    (tmp_path / "set" / "README.md").write_text(README.replace("  default: true\n", ""))
+    with pytest.raises(InputError, match="several subsets and no default one; there: big, small, plain"):
+        read(tmp_path / "set")
+    for more in ({"split": "test"}, {"subset": "big"}):
+        with pytest.raises(InputError, match=r"was asked for, and .*a\.jsonl is a file"):
+            read(tmp_path / "bare" / "a.jsonl", **more)
+
+
+@pytest.mark.parametrize(
+    "place", ["https://example.com/a.jsonl", "../secret.jsonl", "/etc/a.jsonl", "hf://x/y.jsonl"]
+)
+def test_a_readme_reaches_nothing_outside(tmp_path: Path, place: str) -> None:
+    lay(tmp_path, ["secret.jsonl", "set/a.jsonl"])
+    (tmp_path / "set" / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files: '{place}'\n---\n"
+    )
+    with pytest.raises(InputError, match="lies outside of the folder"):
+        read(tmp_path / "set")
+    (tmp_path / "set" / "README.md").write_text("---\nconfigs: !!python/object/apply:os.getcwd []\n---\n")
+    with pytest.raises(InputError, match="can not be read"):
+        read(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], "the folder is empty"),
+        (
+            ["a.png", "b.PNG", "LICENSE"],
+            r"nothing readable among its 3 files with the endings \(none\), \.png$",
+        ),
+        (["a.py", "b.pkl"], "code is not run, and nothing is unpickled"),
+    ],
+)
+def test_a_folder_without_anything_readable(tmp_path: Path, names: list[str], said: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("x")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path)
+    assert re.search(said, caught.value.message) and ".jsonl" in caught.value.hint
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"id": list(range(300)), "text": [f"текст {n}" for n in range(300)]})
+    rows.select(range(299, 199, -1)).save_to_disk(tmp_path / "one")
+    assert read(tmp_path / "one") == [f"текст {n}" for n in range(299, 199, -1)]
+    parts = {"train": rows.select(range(5)), "held": rows.select(range(5, 9))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    assert read(tmp_path / "both") == [f"текст {n}" for n in range(5)]
+    assert read(tmp_path / "both", split="held") == [f"текст {n}" for n in range(5, 9)]
+    with pytest.raises(InputError, match=r"no split 'test'; there: train, held"):
+        read(tmp_path / "both", split="test")
+    with pytest.raises(InputError, match=r"no column 'story'; there: id, text"):
+        read(tmp_path / "one", "story")
+    with pytest.raises(InputError, match="column 'id' holds int64, not text"):
+        read(tmp_path / "one", "id")
+    [arrow] = (tmp_path / "one").glob("*.arrow")
+    os.truncate(arrow, arrow.stat().st_size // 2)
+    with pytest.raises(InputError, match="one is damaged, cut off"):
+        read(tmp_path / "one")
+
+
+def test_a_readme_is_no_data_and_names_must_be_words() -> None:
+    assert inferred(["contest.jsonl", "latest/a.jsonl"]) == {"train": ["contest.jsonl", "latest/a.jsonl"]}
+    assert inferred(["pre-train.jsonl", "a.jsonl"]) == {"train": ["pre-train.jsonl"]}
+
+
+def test_nothing_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a reader opened a socket")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    lay(tmp_path / "set", LAYOUTS["declared"])
+    assert len(read(tmp_path / "set", subset="small")) == 1
