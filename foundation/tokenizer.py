@@ -42,6 +42,9 @@ class Tokenizer:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception on a malformed file
             raise ModelError(f"{path}: can not be read as a tokenizer ({error})") from None
+        # Some files carry the truncation and padding of whoever saved them: texts would be cut without a word.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.config = _json(folder / "tokenizer_config.json")
 
     def encode(self, text: str) -> list[int]:
