@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 Pair = tuple[str, str]
-Ranks = dict[Any, int]  # key -> rank, the lowest is merged first
+Ranks = Mapping[Any, float]  # key -> rank, the lowest is merged first
 Key = Callable[[str, str], Hashable]
 
 
@@ -32,15 +32,21 @@ def by_token(left: str, right: str) -> str:
     return left + right
 
 
-def settle(symbols: list[str], ranks: Ranks, key: Key) -> None:
-    """Apply known merges in place until none fits: the lowest rank first, the leftmost of equals."""
+def settle(symbols: list[str], ranks: Ranks, key: Key) -> list[str]:
+    """Apply known merges in place until none fits: the lowest rank first, the leftmost of equals.
+
+    Returns what the merges made, in order.
+    """
+    made: list[str] = []
     while len(symbols) > 1:
         ranked = [(ranks.get(key(symbols[i], symbols[i + 1])), i) for i in range(len(symbols) - 1)]
         fitting = [(rank, i) for rank, i in ranked if rank is not None]
         if not fitting:
-            return
+            break
         _, i = min(fitting)
         symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+        made.append(symbols[i])
+    return made
 
 
 def learn(

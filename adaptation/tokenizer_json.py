@@ -1,23 +1,25 @@
-"""A tokenizer.json as data: its vocabulary and merges, and the same file with tokens appended.
+"""A tokenizer.json as data: its vocabulary and merges, and the same file with tokens appended or left out.
 
 Two families of BPE are known. In "bytes" (GPT-2, Llama 3, Qwen) a token is a string over an alphabet of 256
 printable characters, one a byte. In "characters" (SentencePiece: Llama 2, Mistral v0.1, Gemma) a token is
 text in which "▁" stands for a space, and characters outside the vocabulary fall back to bytes or to <unk>.
 
-Not here: encoding, which the tokenizers library does (`backend`), and what to append (see vocabulary.py).
+Not here: encoding, which the tokenizers library does (`backend`), and what to append (extension.py) or to leave
+out (uses.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.errors import ModelError
-from foundation.files import write_atomic
+from foundation.files import read_json, write_atomic
 from foundation.tokenizer import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Pair = tuple[str, str]
 SPACE = "▁"
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,27 @@ class TokenizerJson:
         """One more than the highest id."""
         return max(self.vocab.values()) + 1
 
+    @property
+    def unknown(self) -> str | None:
+        """The token for what no other token spells, if there is one."""
+        found: str | None = self.content["model"].get("unk_token")
+        return found
+
+    @cached_property
+    def atoms(self) -> set[str]:
+        """Tokens that no merge makes and any text may need: bytes or characters, and control tokens."""
+        always = {token["content"] for token in self.added} | {self.unknown or ""}
+        if self.family == "bytes":
+            return self.vocab.keys() & (always | set(byte_alphabet()))
+        single = {token for token in self.vocab if len(token) == 1 or BYTE_TOKEN.fullmatch(token)}
+        return single | (self.vocab.keys() & always)
+
     def backend(self) -> Tokenizer:
-        """The tokenizers library's tokenizer of this content."""
+        """The tokenizers library's tokenizer of this content, made once and never set up otherwise."""
+        return self._backend
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
         from tokenizers import Tokenizer
 
         try:
@@ -113,11 +135,47 @@ class TokenizerJson:
             self.folder, self.content | {"model": self.content["model"] | {"vocab": vocab, "merges": spelt}}
         )
 
+    def shrunk(self, kept: Set[str]) -> TokenizerJson:
+        """The tokens in `kept`, and every added token, under ids without a gap in their old order.
+
+        Merges stay where both parts and what they make do. Every id in the file follows its token.
+        """
+        stays = kept | {token["content"] for token in self.added}
+        ordered = sorted(self.vocab, key=lambda token: self.vocab[token])
+        ids = {token: i for i, token in enumerate(token for token in ordered if token in stays)}
+        old = self.content["model"].get("merges", [])
+        merges = [
+            spelt
+            for spelt, (left, right) in zip(old, self.merges, strict=True)
+            if left in ids and right in ids and left + right in ids
+        ]
+        content = self.content | {
+            "added_tokens": [token | {"id": ids[token["content"]]} for token in self.added],
+            "post_processor": renumbered(self.content.get("post_processor"), ids),
+            "model": self.content["model"] | {"vocab": ids, "merges": merges},
+        }
+        if padding := content.get("padding"):
+            content["padding"] = padding | {"pad_id": ids[padding["pad_token"]]}
+        return TokenizerJson(self.folder, content)
+
     def write(self, folder: Path) -> None:
         """Write this tokenizer and the other tokenizer files of its folder, for AutoTokenizer to load."""
         folder.mkdir(parents=True, exist_ok=True)
         copy_tokenizer(self.folder, folder)
         write_atomic(folder / "tokenizer.json", json.dumps(self.content, ensure_ascii=False, indent=2) + "\n")
+        config = read_json(self.folder / "tokenizer_config.json")
+        listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
+        if not listed:
+            return
+        if lost := [token["content"] for token in listed.values() if token["content"] not in self.vocab]:
+            raise ModelError(
+                f"{self.folder}: tokenizer_config.json lists {lost[:3]}, which tokenizer.json does not have",
+                hint="save the tokenizer once with transformers' AutoTokenizer(...).save_pretrained(folder)",
+            )
+        followed = {str(self.vocab[token["content"]]): token for token in listed.values()}
+        if followed != listed:
+            text = json.dumps(config | {"added_tokens_decoder": followed}, ensure_ascii=False, indent=2)
+            write_atomic(folder / "tokenizer_config.json", text + "\n")
 
 
 @cache
@@ -143,6 +201,23 @@ def from_byte_level(token: str) -> bytes:
 @cache
 def _byte_of() -> dict[str, int]:
     return {char: byte for byte, char in enumerate(byte_alphabet())}
+
+
+def renumbered(step: Any, ids: Mapping[str, int]) -> Any:
+    """A post-processor whose control tokens have the ids of `ids`."""
+    if step is None:
+        return None
+    new = dict(step)
+    if step["type"] == "Sequence":
+        new["processors"] = [renumbered(inner, ids) for inner in step["processors"]]
+    if step["type"] == "TemplateProcessing":
+        new["special_tokens"] = {
+            name: token | {"ids": [ids[text] for text in token["tokens"]]}
+            for name, token in step["special_tokens"].items()
+        }
+    for key in {"sep", "cls"} & step.keys():  # BertProcessing, RobertaProcessing: [token, id]
+        new[key] = [step[key][0], ids[step[key][0]]]
+    return new
 
 
 def _pair(merge: str | list[str]) -> Pair:

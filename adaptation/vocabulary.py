@@ -1,51 +1,74 @@
-"""Vocabulary extension: new tokens for a language that the base tokenizer cuts small.
+"""A tokenizer for a language that the base cuts small: new tokens beside the base's, or instead of them.
 
-Source: RuAdapt and LEP (arXiv 2412.21140). Words of the new language are found by a Unigram model
-(unigram.py), and taught to the base's BPE by merges that follow its own (merges.py); tokens needed on the way
-stay in.
+Source: RuAdapt and LEP (arXiv 2412.21140). Words of the new language are found by a SentencePiece model
+(candidates.py), chosen for what the base could take (words.py), and taught to BPE by merges (extension.py);
+tokens needed on the way stay in. Three modes:
 
-What holds afterwards:
-- Ids of old tokens stay. New ids follow the tokenizer's last id, added tokens included; where the model's
-  embedding has rows beyond (padding, which belongs to no token) the new tokens take those rows first.
-- A text without a character of the new tokens is encoded as before.
-- In SentencePiece's family every split of a new token into two tokens is a merge of the same rank, so that
-  llama.cpp, which knows tokens and scores but no merges, encodes alike.
+- extension: all that the base has, then the words. Ids of old tokens stay. New ids follow the tokenizer's last
+  id, added tokens included; where the model's embedding has rows beyond (padding, which belongs to no token)
+  the new tokens take those rows first. A text without a character of the new tokens is encoded as before.
+- optimised: the base's tokens that the corpus uses (uses.py), then the words. Ids close up in their old order.
+  A text whose tokens were all kept is cut as before, but for the new words.
+- substitution: the base's bytes or characters and control tokens, then words of every script in the corpus
+  until the vocabulary has the size asked for.
 
-Not here: rows for the new tokens (embeddings.py).
+In all of them normalizer, pre-tokenizer, decoder, control tokens and chat template are the base's, every id
+inside the tokenizer's files follows its token, and in SentencePiece's family llama.cpp encodes alike.
+
+Not here: rows for the new tokens, and the ids in a model's config.json (embeddings.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from adaptation.merges import Pair, by_pair, by_token, learn
-from adaptation.tokenizer_json import SPACE, TokenizerJson, from_byte_level, to_byte_level
-from adaptation.unigram import Sample, draw, lines_of, train, weight
+from adaptation.candidates import Trainer, propose
+from adaptation.extension import extend
+from adaptation.fertility import measure
+from adaptation.fertility_page import page
+from adaptation.sample import Sample, check_script, draw, lines_of, names_of
+from adaptation.tokenizer_json import BYTE_TOKEN, SPACE, TokenizerJson
+from adaptation.uses import closed, count, frame, frame_words
+from adaptation.words import Words, script_characters, select, speller
 from foundation.dataio import documents
 from foundation.errors import InputError
+from foundation.files import write_atomic, write_json
 from foundation.report import Report, stop_if_asked
 from foundation.settings import StageSettings
 from foundation.stage import Figures, Inputs, many, one
 
 
 class Settings(StageSettings):
-    """How many new tokens, of which script, learnt from how much text."""
+    """What becomes of the base's tokens, how many new ones, of which script, learnt from how much text."""
 
+    mode: Literal["extension", "substitution", "optimised"] = Field(
+        "extension",
+        description="keep all of the base's tokens and add words; or learn a new vocabulary instead; "
+        "or keep the tokens that the corpus uses and add words",
+    )
+    trainer: Trainer = Field("unigram", description="SentencePiece model that proposes words")
     add_tokens: int = Field(
         8000,
-        ge=1,
-        description="words that become one token, the most probable first; tokens on the way come on top",
+        ge=0,
+        description="words that become one token, the most wanted first; tokens on the way come on top; "
+        "not for substitution, and 0 only for optimised",
     )
-    pieces: int = Field(40_000, ge=100, description="pieces of the Unigram model that proposes words")
+    vocab_tokens: int = Field(
+        0, ge=0, description="for substitution: size of the new vocabulary, control tokens included"
+    )
+    keep_from_uses: int = Field(
+        1, ge=1, description="for optimised: a base token stays that the corpus uses so often"
+    )
+    pieces: int = Field(40_000, ge=100, description="pieces of the model that proposes words")
     script: str = Field(
         "[ А-Яа-яЁё]+",
-        description="regular expression that a word must match whole; a leading space is part of it",
+        description="regular expression that a word must match whole; a leading space is part of it; "
+        "not for substitution, which learns every script of the corpus",
     )
     sample_lines: int = Field(
         1_000_000, ge=1, description="lines of the corpus to learn from, drawn by the seed"
@@ -60,159 +83,147 @@ class Settings(StageSettings):
             raise ValueError(f"not a regular expression: {error}") from None
         return script
 
+    @model_validator(mode="after")
+    def _fits_the_mode(self) -> Settings:
+        if self.mode == "substitution" and not self.vocab_tokens:
+            raise ValueError("mode = 'substitution' needs vocab_tokens, the size of the new vocabulary")
+        if self.mode != "substitution" and self.vocab_tokens:
+            raise ValueError(f"vocab_tokens = {self.vocab_tokens} is for mode = 'substitution'; set add_tokens")
+        if self.mode == "extension" and not self.add_tokens:
+            raise ValueError("mode = 'extension' with add_tokens = 0 would change nothing")
+        return self
+
 
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
-    """Extend the tokenizer of `model` by words of `corpus`; writes out/tokenizer."""
-    base = TokenizerJson.read(one(inputs, "model"))
-    sample = draw(lines_of(documents(many(inputs, "corpus"))), settings.sample_lines, settings.seed)
+    """Write out/tokenizer, from `model`'s and `corpus`, and out/report.json and out/report.md about it."""
+    base, files = TokenizerJson.read(one(inputs, "model")), many(inputs, "corpus")
+    named = zip(names_of(files), files, strict=True)
+    sample = draw(
+        {name: lines_of(documents([file])) for name, file in named}, settings.sample_lines, settings.seed
+    )
+    if settings.mode != "substitution":
+        check_script(sample.train, settings.script)
     stop_if_asked(report)
     report.progress(1, 4, "part")
-    pieces = train(sample.train, settings.pieces, report)
-    stop_if_asked(report)
-    report.progress(2, 4, "part")
-    words = select(pieces, base, settings.script, settings.add_tokens, report)
-    made = extend(base, words, script_characters(sample.train, settings.script))
+    start = _start(settings, base, files, out / ".work", report)
+    made, words = _made(settings, start, sample, report)
     report.progress(3, 4, "part")
     made.write(out / "tokenizer")
-    figures = _figures(base, made, words, sample)
+    found = _found(settings, base, made, words, sample)
+    write_json(out / "report.json", found)
+    write_atomic(out / "report.md", page(found))
     report.progress(4, 4, "part")
-    return figures
+    return _figures(found)
 
 
-def select(
-    pieces: Iterable[tuple[str, float]], base: TokenizerJson, script: str, most: int, report: Report
-) -> dict[str, int]:
-    """Word -> weight, in the base's spelling: the `most` probable pieces that pass every filter.
+def _start(
+    settings: Settings, base: TokenizerJson, files: Sequence[Path], work: Path, report: Report
+) -> TokenizerJson:
+    """What is left of the base before words are added."""
+    if settings.mode == "extension":
+        return base
+    if settings.mode == "substitution":
+        return base.shrunk(bare(base))
+    used = count(base, files, work, report)
+    tokens = {i: token for token, i in base.vocab.items()}
+    kept = {tokens[i] for i, times in used.items() if times >= settings.keep_from_uses}
+    for encoding in base.backend().encode_batch(frame(base.folder), add_special_tokens=False):
+        kept.update(encoding.tokens)
+    start = base.shrunk(closed(base, kept))
+    report.note(f"{start.size} of the base's {len(base.vocab)} tokens stay")
+    return start
 
-    A piece is dropped when it does not match `script`, when the base would normalise it or split it before
-    its merges, and when the base has it. The limit counts what is left.
-    Raises InputError when nothing is.
-    """
-    pattern, spell = re.compile(script), speller(base)
-    kept: dict[str, float] = {}
-    dropped: Counter[str] = Counter()
-    for piece, log_probability in pieces:
-        text = piece.replace(SPACE, " ")
-        if not pattern.fullmatch(text):
-            dropped["of another script"] += 1
-        elif (word := spell(text)) is None:
-            dropped["split by the base's pre-tokenizer"] += 1
-        elif word in base.vocab:
-            dropped["known to the base"] += 1
-        else:
-            kept[word] = max(log_probability, kept.get(word, log_probability))
-    best = sorted(kept, key=lambda word: (-kept[word], word))[:most]
-    report.note(
-        f"{len(best)} words taken of {len(kept)}; dropped: "
-        + ", ".join(f"{count} {why}" for why, count in sorted(dropped.items()))
-    )
-    if not best:
+
+def bare(base: TokenizerJson) -> set[str]:
+    """The atoms that a vocabulary can not do without; characters stay only where no bytes could spell them."""
+    if base.family == "bytes" or not base.content["model"].get("byte_fallback"):
+        return base.atoms
+    always = {SPACE, base.unknown or "", *(token["content"] for token in base.added)}
+    return {token for token in base.atoms if token in always or BYTE_TOKEN.fullmatch(token)}
+
+
+def _made(
+    settings: Settings, start: TokenizerJson, sample: Sample, report: Report
+) -> tuple[TokenizerJson, Words]:
+    """The finished tokenizer, and the words it learnt."""
+    if not settings.add_tokens and settings.mode == "optimised":
+        return start, Words({}, 0, {})
+    candidates = propose(sample.train, settings.pieces, settings.trainer, report)
+    stop_if_asked(report)
+    report.progress(2, 4, "part")
+    full = len(candidates) + 3 >= settings.pieces  # SentencePiece counts <unk>, <s> and </s>
+    more = "give more text, " + (f"or ask for more than pieces = {settings.pieces}, " if full else "")
+    if settings.mode == "substitution":
+        words = select(candidates, start, None, None, report)
+        return _substitute(start, words, settings.vocab_tokens, more), words
+    words = select(candidates, start, settings.script, settings.add_tokens, report)
+    if not words.taken:
         raise InputError(
-            f"no word of the corpus is left to add; dropped: {dict(sorted(dropped.items()))}",
+            f"no word of the corpus is left to add; dropped: {words.dropped}",
             hint="check that the corpus is in the new language, and that `script` matches its words",
         )
-    return {word: weight(kept[word]) for word in best}
+    if words.supported < settings.add_tokens:
+        raise InputError(
+            f"add_tokens = {settings.add_tokens}, but the corpus supports {words.supported} words; "
+            f"dropped: {words.dropped}",
+            hint=f"{more}or set add_tokens = {words.supported}; trainer = 'bpe' finds more in little text",
+        )
+    return extend(start, words.taken, script_characters(sample.train, settings.script)), words
 
 
-def speller(base: TokenizerJson) -> Callable[[str], str | None]:
-    """text -> the one chunk that the base's merges would see, or None when there is no such chunk."""
-    backend = base.backend()
-    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-
-    def bytes_chunk(text: str) -> str | None:
-        normal = normalizer.normalize_str(text) if normalizer else text
-        chunks = [chunk for chunk, _ in pre_tokenizer.pre_tokenize_str(normal)]
-        return chunks[0] if chunks == [to_byte_level(text)] else None
-
-    def characters_chunk(text: str) -> str | None:
-        chunk = text.replace(" ", SPACE)
-        if SPACE in chunk[1:]:
-            return None
-        # A letter before it takes the space that some normalizers put before a text.
-        normal = normalizer.normalize_str("a" + text) if normalizer else "a" + chunk
-        return chunk if normal.replace(" ", SPACE).endswith("a" + chunk) else None
-
-    return bytes_chunk if base.family == "bytes" else characters_chunk
+def _substitute(start: TokenizerJson, words: Words, vocab_tokens: int, more: str) -> TokenizerJson:
+    """`start` with the heaviest tokens on the way to the words, as many as there is room for."""
+    spell, heaviest = speller(start), max(words.taken.values(), default=1)
+    framing = [word for text in frame_words(start.folder) if (word := spell(text)) and word not in start.vocab]
+    made = extend(start, words.taken | dict.fromkeys(framing, heaviest), [], max(0, vocab_tokens - start.size))
+    if made.size > vocab_tokens:
+        raise InputError(
+            f"vocab_tokens = {vocab_tokens}, but bytes, characters and control tokens alone are {made.size}",
+            hint=f"set vocab_tokens above {made.size}",
+        )
+    if made.size < vocab_tokens:
+        raise InputError(
+            f"vocab_tokens = {vocab_tokens}, but the corpus supports a vocabulary of {made.size}",
+            hint=f"{more}or set vocab_tokens = {made.size}",
+        )
+    return made
 
 
-def script_characters(lines: Iterable[str], script: str) -> list[str]:
-    """Characters of the lines that match `script` alone, sorted."""
-    pattern = re.compile(script)
-    return sorted(char for char in set().union(*lines) if pattern.fullmatch(char))
-
-
-def extend(base: TokenizerJson, words: dict[str, int], characters: list[str]) -> TokenizerJson:
-    """`base` with merges, and the tokens they need, that make each word one token.
-
-    `characters` are wanted as tokens too where tokens are characters; byte-level BPE has every character
-    already.
-    """
-    if base.family == "bytes":
-        symbols = _symbols(base, words)
-        ranks: dict[Any, int] = {pair: rank for rank, pair in enumerate(base.merges)}
-        learnt = learn(symbols, ranks, by_pair, _byte_order)
-        tokens = dict.fromkeys(left + right for left, right in learnt)
-        return base.extended([token for token in tokens if token not in base.vocab], base.merges + learnt)
-    wanted = sorted({*characters, *"".join(words)} - {" "})
-    spelt = base.extended([char for char in wanted if char not in base.vocab], base.merges)
-    ranks = {}
-    for rank, (left, right) in enumerate(base.merges):
-        ranks.setdefault(left + right, rank)
-    learnt = learn(_symbols(spelt, words), ranks, by_token, _character_order)
-    tokens = dict.fromkeys(left + right for left, right in learnt)
-    grown = spelt.extended([token for token in tokens if token not in spelt.vocab], base.merges)
-    return grown.extended([], _all_splits(base, list(tokens), grown.vocab))
-
-
-def _symbols(base: TokenizerJson, words: dict[str, int]) -> list[tuple[list[str], int]]:
-    """Each word as the base's merges leave it, with its weight."""
-    model = base.backend().model
-    return [([token.value for token in model.tokenize(word)], heavy) for word, heavy in words.items()]
-
-
-def _all_splits(base: TokenizerJson, tokens: list[str], vocab: dict[str, int]) -> list[Pair]:
-    """Merges of SentencePiece's family: every split of a token into two tokens, tokens by rank.
-
-    The base's merges stay in their order. An old token that new tokens can be put together to gets those
-    merges beside its own, where llama.cpp would apply them.
-    """
-
-    def splits(token: str) -> list[Pair]:
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        return [cut for cut in cuts if cut[0] in vocab and cut[1] in vocab]
-
-    known, seen = set(base.merges), set()
-    merges: list[Pair] = []
-    for left, right in base.merges:
-        merges.append((left, right))
-        if left + right not in seen:
-            seen.add(left + right)
-            new = [cut for cut in splits(left + right) if cut not in known]
-            merges += [cut for cut in new if cut[0] not in base.vocab or cut[1] not in base.vocab]
-    return merges + [cut for token in tokens for cut in splits(token)]
-
-
-def _byte_order(token: str) -> tuple[Any, ...]:
-    raw = from_byte_level(token)
-    return len(raw.decode("utf-8", errors="replace")), len(raw), token
-
-
-def _character_order(token: str) -> tuple[Any, ...]:
-    return len(token), len(token.encode("utf-8")), token
-
-
-def _figures(base: TokenizerJson, made: TokenizerJson, words: dict[str, int], sample: Sample) -> Figures:
-    """Fertility (tokens per word) and characters per token on the held lines, before and after."""
-    word_count = sum(len(line.split()) for line in sample.held)
-    char_count = sum(map(len, sample.held))
-    figures: Figures = {
-        "words_added": len(words),
-        "tokens_added": made.size - base.size,
-        "vocab_tokens": made.size,
+def _found(
+    settings: Settings, base: TokenizerJson, made: TokenizerJson, words: Words, sample: Sample
+) -> dict[str, Any]:
+    """The content of report.json."""
+    kept = len(made.vocab.keys() & base.vocab.keys())
+    return {
+        "mode": settings.mode,
+        "trainer": settings.trainer,
+        "vocabulary": {
+            "before": len(base.vocab),
+            "after": len(made.vocab),
+            "kept": kept,
+            "added": len(made.vocab) - kept,
+            "dropped": len(base.vocab) - kept,
+        },
+        "words": {
+            "taken": sum(word in made.vocab for word in words.taken),
+            "supported": words.supported,
+            "dropped": words.dropped,
+        },
+        "lines_learnt_from": len(sample.train),
+        "held": measure(sample.held, base, made),
     }
-    for when, tokenizer in (("before", base), ("after", made)):
-        encoded = tokenizer.backend().encode_batch(sample.held, add_special_tokens=False)
-        tokens = sum(len(encoding.ids) for encoding in encoded)
-        figures[f"tokens_per_word_{when}"] = tokens / word_count
-        figures[f"characters_per_token_{when}"] = char_count / tokens
+
+
+def _figures(found: dict[str, Any]) -> Figures:
+    figures: Figures = {
+        "words_added": found["words"]["taken"],
+        "tokens_added": found["vocabulary"]["added"],
+        "tokens_dropped": found["vocabulary"]["dropped"],
+        "vocab_tokens": found["vocabulary"]["after"],
+    }
+    for figure in ("tokens_per_word", "characters_per_token", "words_in_one_token"):
+        for when in ("before", "after"):
+            value = found["held"]["all"][when][figure]
+            if value is not None:
+                figures[f"{figure}_{when}"] = value
     return figures

@@ -57,7 +57,7 @@ reads = {{ model = "model", tokenizer = "vocabulary" }}
 name = "adapted"
 kind = "adaptation.pretrain"
 reads = {{ model = "embedded", corpus = ["russian.text", "english.text"] }}
-trains = "all"
+trains = ["embeddings", "head", "layers"]
 block_tokens = 256
 batch_rows = 8
 steps = {steps}

@@ -7,10 +7,8 @@ store.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +24,7 @@ from foundation.files import DigestCache
 from foundation.model import context_tokens, load, read_config
 from foundation.ranks import is_main, rank, world
 from foundation.report import Report
-from foundation.rows import Row, chat_rows
+from foundation.rows import Row, rows_of_each
 from foundation.settings import StageSettings
 from foundation.stage import Figures, Inputs, many, one
 from foundation.tokenizer import Tokenizer
@@ -118,29 +116,27 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
 def fitting_rows(
     paths: Sequence[Path], tokenizer: Tokenizer, longest: int, report: Report
 ) -> tuple[list[Row], int]:
-    """The conversations of at most `longest` tokens, in order, and how many are longer.
+    """The rows of at most `longest` tokens, in order, and how many are longer.
 
     Those are left out, counted, and named by file and line in a note. Raises InputError when none is left.
     """
-    rows, _ = chat_rows(conversations(paths), tokenizer, sys.maxsize)
-    lengths = [len(row["input_ids"]) for row in rows]
-    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= longest]
-    too_long = len(rows) - len(fitting)
-    if too_long:
-        places = ((path, line) for path in paths for line, _ in records(path))
-        named = (
-            f"{path}, line {line} ({length} tokens)"
-            for (path, line), length in zip(places, lengths, strict=True)
-            if length > longest
-        )
-        said = "; ".join(islice(named, NAMED)) + (f"; and {too_long - NAMED} more" if too_long > NAMED else "")
+    fitting: list[Row] = []
+    long: list[tuple[int, int]] = []  # (place of the conversation, tokens)
+    for place, rows in enumerate(rows_of_each(conversations(paths), tokenizer)):
+        fitting += [row for row in rows if len(row["input_ids"]) <= longest]
+        long += [(place, tokens) for row in rows if (tokens := len(row["input_ids"])) > longest]
+    if long:
+        places = [f"{path}, line {line}" for path in paths for line, _ in records(path)]
+        named = "; ".join(f"{places[place]} ({tokens} tokens)" for place, tokens in long[:NAMED])
+        said = named + (f"; and {len(long) - NAMED} more" if len(long) > NAMED else "")
         if not fitting:
             raise InputError(
                 f"no conversation fits {longest} tokens: {said}",
                 hint="raise max_tokens, up to the context that the teacher was made for",
             )
-        report.note(f"{too_long} of {len(rows)} conversations exceed {longest} tokens and are left out: {said}")
-    return fitting, too_long
+        count = len(fitting) + len(long)
+        report.note(f"{len(long)} of {count} rows exceed {longest} tokens and are left out: {said}")
+    return fitting, len(long)
 
 
 def _cut_rows(settings: Settings, folder: Path, tokenizer: Tokenizer, rows: list[Row], report: Report) -> int:

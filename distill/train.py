@@ -19,9 +19,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from distill.adapters import Backend, Lora, merged, taken_off, with_adapters
 from distill.losses import LOSSES, make_loss
 from distill.store import TopKStore
+from foundation.adapters import Backend, Lora, merged, taken_off, with_adapters
 from foundation.curves import CURVES
 from foundation.dataio import conversations
 from foundation.errors import InputError
@@ -35,7 +35,7 @@ from foundation.tokenizer import Tokenizer
 from foundation.tune import TuneSettings, tune
 
 OF_A_TEACHER = ("kl_lambda", "ce_weight", "temperature")
-OF_ADAPTERS = ("lora_alpha", "base_precision", "backend")
+OF_ADAPTERS = ("lora_alpha", "lora_layers", "base_precision", "backend")
 
 
 class Settings(TuneSettings):
@@ -54,6 +54,9 @@ class Settings(TuneSettings):
     )
     lora_rank: int = Field(0, ge=0, description="rank of LoRA on the 7 linear modules; 0 = all weights train")
     lora_alpha: int = Field(128, ge=1, description="LoRA alpha (scale = alpha / rank)")
+    lora_layers: Literal["all", "ends"] = Field(
+        "all", description="which layers get LoRA; ends = the first and the last alone (LEP's calibration)"
+    )
     base_precision: Literal["fp32", "bf16", "nf4"] = Field(
         "fp32", description="of the frozen weights beside LoRA; nf4 is QLoRA and needs bitsandbytes"
     )
@@ -124,7 +127,8 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         temperature=settings.temperature,
     )
     if settings.lora_rank:
-        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.seed)
+        ends = settings.lora_layers == "ends"
+        lora = Lora(settings.lora_rank, settings.lora_alpha, settings.seed, ends=ends)
         backend = "peft" if settings.packing and settings.backend == "auto" else settings.backend
         model = with_adapters(
             folder,

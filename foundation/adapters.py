@@ -5,7 +5,7 @@
 The base may be in 4 bits while it is trained against, but nothing is merged into that: the adapters are taken
 off, the base is read again as it is stored, and the sum, made in float32, is rounded once to the stored
 precision. (peft's merge_and_unload leaves a 4-bit base in 4 bits, and rounds twice where the base is in bf16.)
-Embedding and head get no adapters, so tied ones stay tied.
+Embedding and head get no adapters, so tied ones stay tied. They may train whole beside them (adaptation).
 """
 
 from __future__ import annotations
@@ -31,11 +31,16 @@ Backend = Literal["auto", "peft", "unsloth"]
 
 @dataclass(frozen=True)
 class Lora:
-    """What the adapters are like. scale = alpha / rank."""
+    """What the adapters are like. scale = alpha / rank; ends: on the first and the last layer alone."""
 
     rank: int
     alpha: int
     seed: int
+    ends: bool = False
+
+    def layers(self, model: Any) -> list[int] | None:
+        """Numbers of the layers that get adapters; None = all."""
+        return sorted({0, model.config.get_text_config().num_hidden_layers - 1}) if self.ends else None
 
 
 def with_adapters(
@@ -58,6 +63,7 @@ def with_adapters(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=LORA_MODULES,
+        layers_to_transform=lora.layers(model),
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
@@ -95,6 +101,46 @@ def taken_off(model: Any) -> dict[str, Any]:
         up, down = (part["default"].weight.detach().float().cpu() for part in (module.lora_B, module.lora_A))
         found[name.removeprefix("base_model.model.")] = (up, down, float(module.scaling["default"]))
     return found
+
+
+class Beside:
+    """What trains of a model with adapters beside them: whole matrices, the embeddings for one.
+
+    peft's checkpoints leave them out, or (modules_to_save) make a copy of each that unties tied ones.
+    """
+
+    FILE = "beside_adapters.safetensors"
+
+    def __init__(self, model: Any) -> None:
+        adapted = hasattr(model, "peft_config")
+        self.matrices = {
+            name: value
+            for name, value in (model.named_parameters() if adapted else ())
+            if value.requires_grad and ".lora_" not in name
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write them into `folder`, where there are any."""
+        from safetensors.torch import save_file
+
+        if self.matrices:
+            save_file({name: value.detach().cpu() for name, value in self.matrices.items()}, folder / self.FILE)
+
+    def load(self, folder: Path) -> None:
+        """Put back what `save` wrote. Raises ModelError when it is not the same matrices."""
+        import torch
+        from safetensors.torch import load_file
+
+        saved = load_file(folder / self.FILE) if (folder / self.FILE).is_file() else {}
+        if saved.keys() != self.matrices.keys():
+            raise ModelError(
+                f"{folder}: it holds {sorted(saved) or 'nothing'} beside adapters, "
+                f"but what trains is {sorted(self.matrices) or 'nothing'}",
+                hint="a checkpoint goes with the settings it was made with; remove the folder to start again",
+            )
+        with torch.no_grad():
+            for name, value in self.matrices.items():
+                value.copy_(saved[name])
 
 
 def _unsloth(backend: Backend, report: Report) -> Any:
@@ -138,6 +184,7 @@ def _with_unsloth(fast: Any, folder: Path, lora: Lora, precision: Precision, max
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=LORA_MODULES,
+        layers_to_transform=lora.layers(model),
         lora_dropout=0,
         bias="none",
         use_gradient_checkpointing=False,  # the training loop sets it

@@ -9,6 +9,11 @@ stays text: it is put aside before the template is rendered, and encoded as plai
 
 Prompt and answer are encoded apart and then joined, because that is what happens when the model is used:
 the prompt is encoded first, and the answer's tokens follow it one by one.
+
+Which tokens are an answer follows from two renderings: what the template writes once the answer is there, less
+what it writes to ask for it. That is what the model has to write in use. {% generation %} blocks, with which a
+template can mark answers for transformers, are not asked: in circulation are some that mark the header too,
+which no model writes, and some that leave out the end token, without which no model stops.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from foundation.dataio import Message
@@ -27,6 +33,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LINE = "\n"  # before plain text whose neighbour is not at hand: no SentencePiece merges it with anything
 IGNORED = -100  # the label of a token that no loss counts; torch's cross_entropy ignores it by default
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # characters without a meaning
 
@@ -79,17 +86,25 @@ class Quoted:
             for message in messages
         ]
 
-    def ids(self, text: str) -> list[int]:
-        """Ids of rendered text. Raises InputError when a spelling can not be written as plain text."""
+    def ids(self, text: str, after: str = "") -> list[int]:
+        """Ids of rendered text that goes on from `after`, which was rendered too.
+
+        Raises InputError when a spelling can not be written as plain text.
+        """
         if not self._spellings:
-            return self._encoder.encode_marked(text)
+            return continued(self._encoder.encode_marked, after, text)
+        parts = re.compile("(" + "|".join(self._spellings) + ")")
+        if after:
+            after = parts.split(after)[-1] or LINE
         out: list[int] = []
-        for part in re.split("(" + "|".join(self._spellings) + ")", text):
+        for part in parts.split(text):
             spelling = self._spellings.get(part)
             if spelling is None:
-                out += self._encoder.encode_marked(part) if part else []
+                out += continued(self._encoder.encode_marked, after, part) if part else []
+                after = part or after
                 continue
-            plain = self._encoder.encode(spelling)
+            plain = continued(self._encoder.encode, LINE if after else "", spelling)
+            after = LINE
             if not set(plain).isdisjoint(self._encoder.special_tokens.values()):
                 raise InputError(
                     f"a message spells {spelling!r}, which this vocabulary can write only as a control token",
@@ -97,6 +112,19 @@ class Quoted:
                 )
             out += plain
         return out
+
+
+def continued(encode: Callable[[str], list[int]], after: str, text: str) -> list[int]:
+    """Ids of `text` as it stands after `after`.
+
+    Tokenizers of the SentencePiece kind put a space before whatever they are given; in the middle of a
+    conversation nobody wrote one. All others are asked for `text` alone: a prompt is encoded before there is an
+    answer, so no token can reach across the seam.
+    """
+    if not after or encode(f"{LINE}a") == encode(LINE) + encode("a"):
+        return encode(text)
+    before, whole = encode(after), encode(after + text)
+    return whole[len(before) :] if whole[: len(before)] == before else encode(text)
 
 
 class ChatTemplate:
@@ -183,39 +211,66 @@ class Chat:
         """Ids of a conversation that awaits the assistant's answer."""
         return self._template.encode(messages, self._tokenizer, prompt=True)
 
-    def encode(self, messages: list[Message]) -> Encoded:
+    def encode(self, messages: list[Message]) -> list[Encoded]:
         """Ids and labels of a whole conversation; the labels stand on the assistant's tokens only.
 
-        The token that ends an answer is part of it; white space after that token is not. Raises ModelError
-        when the template writes earlier turns differently once later ones are there (then no span of the
-        text is the answer to what came before it), or leaves no token to learn.
+        The token that ends an answer is part of it; white space after that token is not. A template that only
+        appends gives one row. Others write earlier turns differently once later ones are there: Qwen3 drops
+        their reasoning, Mistral moves the system prompt to the last question. There a new row begins, with all
+        that the model reads in use before the answer at hand, and earlier answers in it are no labels: no row
+        holds a context that the model never sees.
+
+        Raises ModelError when an answer does not begin where the template asks for it, or nothing is left to
+        learn.
         """
         quoted = Quoted(messages, self._tokenizer)
-        ids: list[int] = []
-        labels: list[int] = []
+        rows: list[Encoded] = []
         done = ""
         for position, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before = self.render(quoted.messages[:position], prompt=True)
             after = self.render(quoted.messages[: position + 1], prompt=False)
-            if not (before.startswith(done) and after.startswith(before)):
-                raise ModelError(
-                    f"{self._tokenizer.folder}: the chat template changes earlier turns when later ones come",
-                    hint="train on single-turn conversations, or use a template that only appends",
-                )
+            if not after.startswith(before):
+                raise self._no_answer_after(before, after)
+            if not rows or not before.startswith(done):
+                rows.append(Encoded([], []))
+                done = ""
             answer = after[len(before) :].rstrip()
-            prompt_ids = quoted.ids(before[len(done) :])
-            answer_ids = quoted.ids(answer)
-            ids += prompt_ids + answer_ids
-            labels += [IGNORED] * len(prompt_ids) + answer_ids
+            prompt_ids = quoted.ids(before[len(done) :], done)
+            answer_ids = quoted.ids(answer, before)
+            rows[-1].ids.extend(prompt_ids + answer_ids)
+            rows[-1].labels.extend([IGNORED] * len(prompt_ids) + answer_ids)
             done = before + answer
-        if all(label == IGNORED for label in labels[1:]):  # the first token is nobody's prediction
+        # The first token is nobody's prediction.
+        rows = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
+        if not rows:
             raise ModelError(
                 f"{self._tokenizer.folder}: the chat template leaves no token of an answer to learn",
                 hint="it must write the assistant's content after the generation prompt",
             )
-        return Encoded(ids, labels)
+        return rows
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """What ends an answer: the tokens that end a document or a turn.
+
+        The latter is read from the template's own words: eos alone is not it in every model (Gemma).
+        """
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        last = self.encode(turn)[-1].ids[-1]
+        named = {self._tokenizer.boundary_id, self._tokenizer.eos_id}
+        ends = named | ({last} & set(self._tokenizer.special_tokens.values()))
+        return frozenset(end for end in ends if end is not None)
+
+    def _no_answer_after(self, before: str, after: str) -> ModelError:
+        pairs = enumerate(zip(before, after, strict=False))
+        same = next((place for place, (a, b) in pairs if a != b), len(after))
+        return ModelError(
+            f"{self._tokenizer.folder}: the chat template asks for an answer with {before[same:][:60]!r} where "
+            f"it writes {after[same:][:60]!r} once the answer is there",
+            hint="use a template whose generation prompt is how it begins every answer",
+        )
 
 
 def _said(error: Exception) -> str:

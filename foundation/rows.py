@@ -7,13 +7,14 @@ The order is a function of (seed, position) alone: going on after a kill means g
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from foundation.chat import IGNORED, Chat, Encoded
+from foundation.chat import IGNORED, Chat
 from foundation.dataio import Message
-from foundation.errors import InputError
+from foundation.errors import InputError, ModelError
 from foundation.files import read_json, write_json
 from foundation.tokenizer import Tokenizer
 
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, "np.ndarray"]
 Item = TypeVar("Item", covariant=True)
+Marks = Callable[[Sequence[str], Sequence[Sequence[int]]], Iterable["np.ndarray"]]
+"""(documents, the ids of each, boundary token included) -> for each a bool a token [T]"""
+
 TEXTS_AT_ONCE = 512
+MARK = 1 << 31  # the top bit of a packed token: its mark; ids have the other 31
 
 
 class Rows(Protocol[Item]):
@@ -37,12 +42,19 @@ class PackedRows:
     """Documents joined end to end and cut into rows of `block_tokens`; all tokens but a row's first are labels.
 
     The first has nothing before it: were it counted, a step would be divided by tokens that it has no loss of.
+
+    With a `boundary_id` no document sees another: position_ids restart at every boundary token, from which
+    transformers makes block-diagonal attention. That token is still a label, of the document that it ends.
+    With `marked` the rows have a column "marks", what `pack` was told of each token.
     """
 
-    def __init__(self, path: Path, block_tokens: int) -> None:
+    def __init__(
+        self, path: Path, block_tokens: int, *, boundary_id: int | None = None, marked: bool = False
+    ) -> None:
         import numpy as np
 
         self._tokens = np.memmap(path, dtype=np.uint32, mode="r").reshape(-1, block_tokens)  # [N, T]
+        self._boundary_id, self._marked = boundary_id, marked
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -50,22 +62,48 @@ class PackedRows:
     def __getitem__(self, index: int, /) -> Row:
         import numpy as np
 
-        ids = np.asarray(self._tokens[index], dtype=np.int64)
+        stored = np.asarray(self._tokens[index], dtype=np.int64)
+        ids = stored & (MARK - 1)
         labels = ids.copy()
         labels[0] = IGNORED
-        return {"input_ids": ids, "labels": labels}
+        row: Row = {"input_ids": ids, "labels": labels}
+        if self._boundary_id is not None:
+            row["position_ids"] = since_boundary(ids, self._boundary_id)
+        if self._marked:
+            row["marks"] = stored >= MARK
+        return row
 
 
-def pack(texts: Iterable[str], tokenizer: Tokenizer, block_tokens: int, work: Path) -> PackedRows:
+def since_boundary(ids: np.ndarray, boundary_id: int) -> np.ndarray:
+    """How many tokens before each belong to its document: 0 at a boundary token and at the start.  # [T]"""
+    import numpy as np
+
+    places = np.arange(len(ids))
+    starts = np.where(ids == boundary_id, places, 0)
+    return places - np.maximum.accumulate(starts)
+
+
+def pack(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    block_tokens: int,
+    work: Path,
+    *,
+    apart: bool = False,
+    marks: Marks | None = None,
+    marks_from: str = "",
+) -> PackedRows:
     """Tokenise `texts` once into `work`, each document after a boundary token, and cut them into rows.
 
-    The last, unfilled row is dropped; a corpus shorter than one row is repeated until it fills one.
-    Raises InputError when there is no token at all. A finished file is used again by a resumed stage.
+    The last, unfilled row is dropped; a corpus shorter than one row is repeated until it fills one. With
+    `apart` no document of a row sees another. `marks` gives each token a bit, stored beside it; `marks_from`
+    names what it is made from. Raises InputError when there is no token at all. A finished file is used again
+    by a resumed stage.
     """
     import numpy as np
 
     path, marker = work / "tokens.bin", work / "tokens.json"
-    facts = {"tokenizer": tokenizer.digest, "block_tokens": block_tokens}
+    facts = {"tokenizer": tokenizer.digest, "block_tokens": block_tokens, "marks": marks_from}
     done = read_json(marker)
     size_bytes = path.stat().st_size if path.is_file() else -1
     if done != {**facts, "size_bytes": size_bytes}:
@@ -74,7 +112,7 @@ def pack(texts: Iterable[str], tokenizer: Tokenizer, block_tokens: int, work: Pa
         partial = work / f"tokens.{os.getpid()}.partial"  # every rank of a distributed run packs the same
         with partial.open("wb") as file:
             written = 0
-            for ids in _encoded(texts, tokenizer):
+            for ids in _encoded(texts, tokenizer, marks):
                 left += ids
                 whole = len(left) // block_tokens * block_tokens
                 np.asarray(left[:whole], dtype=np.uint32).tofile(file)
@@ -87,49 +125,73 @@ def pack(texts: Iterable[str], tokenizer: Tokenizer, block_tokens: int, work: Pa
                 np.asarray(repeated, dtype=np.uint32).tofile(file)
         partial.replace(path)
         write_json(marker, {**facts, "size_bytes": path.stat().st_size})
-    return PackedRows(path, block_tokens)
+    boundary_id = tokenizer.boundary_id if apart else None
+    return PackedRows(path, block_tokens, boundary_id=boundary_id, marked=marks is not None)
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == TEXTS_AT_ONCE:
-            yield from ([tokenizer.boundary_id, *ids] for ids in tokenizer.encode_batch(batch))
-            batch = []
-    yield from ([tokenizer.boundary_id, *ids] for ids in tokenizer.encode_batch(batch))
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, marks: Marks | None) -> Iterator[list[int]]:
+    """Tokens of each document, boundary token first, with MARK added where `marks` says so."""
+    import numpy as np
+
+    for batch in batches_of(texts, TEXTS_AT_ONCE):
+        encoded = [[tokenizer.boundary_id, *ids] for ids in tokenizer.encode_batch(batch)]
+        if marks is None:
+            yield from encoded
+            continue
+        for ids, marked in zip(encoded, marks(batch, encoded), strict=True):
+            yield (np.asarray(ids, dtype=np.int64) + MARK * marked).tolist()
+
+
+def batches_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """`texts` in lists of `size`, the last one shorter."""
+    source = iter(texts)
+    while batch := list(islice(source, size)):
+        yield batch
 
 
 def chat_rows(
     conversations: Iterable[list[Message]], tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[list[Row], int]:
-    """One row a conversation, labels on the assistant's tokens; returns (rows, how many were too long).
+    """The rows of conversations, labels on the assistant's tokens; returns (rows, how many were too long).
 
-    A conversation longer than `max_tokens` is left out and counted, never cut: half an answer teaches the
-    model to stop at random. Raises InputError when none is left.
+    A row longer than `max_tokens` is left out and counted, never cut: half an answer teaches the model to stop
+    at random. Raises InputError when none is left, and as `rows_of_each` does.
     """
-    import numpy as np
-
-    chat = Chat(tokenizer)
     rows: list[Row] = []
     too_long = 0
-    for messages in conversations:
-        encoded: Encoded = chat.encode(messages)
-        if len(encoded.ids) > max_tokens:
-            too_long += 1
-            continue
-        rows.append(
-            {
-                "input_ids": np.asarray(encoded.ids, dtype=np.int64),  # [T]
-                "labels": np.asarray(encoded.labels, dtype=np.int64),  # [T]
-            }
-        )
+    for found in rows_of_each(conversations, tokenizer):
+        fitting = [row for row in found if len(row["input_ids"]) <= max_tokens]
+        too_long += len(found) - len(fitting)
+        rows += fitting
     if not rows:
         raise InputError(
             f"no conversation fits {max_tokens} tokens ({too_long} are longer)",
             hint="raise max_tokens, up to the context that the model was made for",
         )
     return rows, too_long
+
+
+def rows_of_each(conversations: Iterable[list[Message]], tokenizer: Tokenizer) -> Iterator[list[Row]]:
+    """The rows of each conversation: one, or several where the template rewrites earlier turns (Chat.encode).
+
+    Everything that trains on conversations or captures a teacher's answers to them splits them here. Raises
+    ModelError and InputError, by the conversation's number, for one that the template refuses.
+    """
+    import numpy as np
+
+    chat = Chat(tokenizer)
+    for number, messages in enumerate(conversations, 1):
+        try:
+            encoded = chat.encode(messages)
+        except (InputError, ModelError) as error:
+            raise type(error)(f"conversation {number}: {error.message}", hint=error.hint) from None
+        yield [
+            {
+                "input_ids": np.asarray(ids, dtype=np.int64),  # [T]
+                "labels": np.asarray(labels, dtype=np.int64),  # [T]
+            }
+            for ids, labels in encoded
+        ]
 
 
 class JoinedRows:

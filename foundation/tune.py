@@ -14,12 +14,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from foundation.adapters import Beside
 from foundation.checkpoints import complete_checkpoints, remove_old, remove_torn, seal, step_of
 from foundation.curves import CURVES, Curves
 from foundation.errors import Diverged, MissingError, StopRequested
@@ -43,6 +44,11 @@ weigh tokens by the length of their neighbours under gradient accumulation.
 A loss may have `sums`, a dict name -> detached scalar that each call adds to, with "tokens", the counted
 tokens, among the names: the means a token over an optimiser step are then told beside the loss."""
 
+Order = Callable[[int], Rows[Row]]
+"""how many rows are needed -> so many, in the order in which they are trained on"""
+
+SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # transformers' names
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -54,7 +60,10 @@ class TuneSettings(StageSettings):
     accumulation: int = Field(1, ge=1, description="forward passes for one optimiser step")
     learning_rate: float = Field(1e-3, gt=0, le=1, description="peak learning rate")
     warmup_steps: int = Field(30, ge=0, description="steps from zero to the peak learning rate")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after the warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="after the warm-up; wsd = the peak for long, then a linear decay"
+    )
+    decay_share: float = Field(0.1, gt=0, le=1, description="share of the steps, the last, that wsd decays in")
     weight_decay: float = Field(0.01, ge=0, description="AdamW weight decay")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="AdamW betas", strict=False)
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 = not clipped")
@@ -73,22 +82,43 @@ class TuneSettings(StageSettings):
         json_schema_extra={"fingerprint": False},  # it can not alter the bytes
     )
 
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> TuneSettings:
+        """Refuse a decay that has no schedule, and one that begins before the warm-up ends."""
+        share = TuneSettings.model_fields["decay_share"].default
+        if self.schedule != "wsd" and self.decay_share != share:
+            raise ValueError(f"decay_share has no effect with schedule = {self.schedule!r}; set 'wsd'")
+        if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} and {self.decay_steps} steps of decay (decay_share = "
+                f"{self.decay_share}) are more than steps = {self.steps}; shorten one of them"
+            )
+        return self
+
+    @property
+    def decay_steps(self) -> int:
+        """How many steps wsd decays over."""
+        return max(1, round(self.decay_share * self.steps))
+
 
 def tune(
     model: PreTrainedModel,
-    rows: Rows[Row],
+    rows: Rows[Row] | Order,
     loss: Loss,
     settings: TuneSettings,
     work: Path,
     report: Report,
     *,
     pad_id: int,
+    undecayed: Collection[str] = (),
 ) -> dict[str, float | int]:
     """Train `model` in place for settings.steps; resume from `work` if it holds a complete checkpoint.
 
-    Only parameters that require gradients are trained. Writes work/curves.jsonl, a line a step. Returns the
-    loss over the last tenth of the steps (nats per counted token) and what was trained. Raises StopRequested
-    after saving a checkpoint when the report asks to stop, Diverged when the loss is no longer finite.
+    `rows` are drawn epoch after epoch, each in its own seeded order; an Order says itself what comes when (a
+    mixture). Only parameters that require gradients are trained; those named in `undecayed` without weight
+    decay. Writes work/curves.jsonl, a line a step. Returns the loss over the last tenth of the steps (nats per
+    counted token) and what was trained. Raises StopRequested after saving a checkpoint when the report asks to
+    stop, Diverged when the loss is no longer finite.
     """
     from accelerate import PartialState
 
@@ -105,11 +135,11 @@ def tune(
     PartialState().wait_for_everyone()
     latest = next(reversed(complete_checkpoints(work)), None)
     watcher = _watcher(transformers, loss, settings, work, report, step_of(latest) if latest else 0)
-    per_step = settings.batch_rows * settings.accumulation * arguments.world_size
-    trainer = _trainer(transformers, loss, watcher)(
+    needed = settings.steps * settings.batch_rows * settings.accumulation * arguments.world_size
+    trainer = _trainer(transformers, loss, watcher, undecayed)(
         model=model,
         args=arguments,
-        train_dataset=Endless(rows, settings.steps * per_step, settings.seed),
+        train_dataset=rows(needed) if callable(rows) else Endless(rows, needed, settings.seed),
         data_collator=lambda picked: collate(picked, pad_id),
         callbacks=[watcher],
     )
@@ -136,6 +166,7 @@ def tune(
 def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
     import torch
 
+    decay = {"num_decay_steps": settings.decay_steps, "decay_type": "linear"}
     arguments = transformers.TrainingArguments(
         output_dir=str(work),
         max_steps=settings.steps,
@@ -143,7 +174,8 @@ def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=settings.warmup_steps,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+        lr_scheduler_type=SCHEDULES.get(settings.schedule, settings.schedule),
+        lr_scheduler_kwargs=decay if settings.schedule == "wsd" else {},
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_betas[0],
         adam_beta2=settings.adam_betas[1],
@@ -172,8 +204,11 @@ def _arguments(transformers: Any, settings: TuneSettings, work: Path) -> Any:
     return arguments
 
 
-def _trainer(transformers: Any, loss: Loss, watcher: Any) -> Any:
-    """Trainer with our loss, and rows in the order in which they come; `watcher` hears of every token."""
+def _trainer(transformers: Any, loss: Loss, watcher: Any, undecayed: Collection[str]) -> Any:
+    """Trainer with our loss, and rows in the order in which they come; `watcher` hears of every token.
+
+    Its checkpoints hold what trains beside adapters too: those of a PeftModel are the adapters alone.
+    """
     from torch.utils.data import SequentialSampler
 
     class Tuner(transformers.Trainer):
@@ -185,6 +220,17 @@ def _trainer(transformers: Any, loss: Loss, watcher: Any) -> Any:
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+        def get_decay_parameter_names(self, model: Any) -> list[str]:
+            return [name for name in super().get_decay_parameter_names(model) if name not in undecayed]
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            super()._save(output_dir, state_dict)
+            Beside(self.model).save(Path(output_dir or self.args.output_dir))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            Beside(self.model).load(Path(resume_from_checkpoint))
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

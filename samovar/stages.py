@@ -112,9 +112,34 @@ KINDS: Mapping[str, Kind] = {
     ),
     "corpora.prepare": _kind(
         "corpora.prepare",
-        "read text files, clean them, and hold some back",
+        "read text of many forms and encodings, clean it, and hold some back",
         reads={"corpus": "many"},
-        writes={"text": "text.jsonl", "held": "held.jsonl"},
+        writes={"text": "text.jsonl", "held": "held.jsonl", "sources": "sources.jsonl"},
+        version=2,
+    ),
+    "corpora.deduplicate": _kind(
+        "corpora.deduplicate",
+        "leave out paragraphs that repeat an earlier one, exactly or nearly",
+        reads={"corpus": "many"},
+        writes={"text": "text.jsonl", "removed": "removed.jsonl"},
+    ),
+    "corpora.quality": _kind(
+        "corpora.quality",
+        "train a quality filter on judged documents",
+        reads={"judged": "many"},
+        writes={"quality": "quality"},
+    ),
+    "corpora.filter": _kind(
+        "corpora.filter",
+        "keep the best documents by a quality filter",
+        reads={"corpus": "many", "quality": "one"},
+        writes={"text": "text.jsonl", "rejected": "rejected.jsonl", "scores": "scores.json"},
+    ),
+    "corpora.reward": _kind(
+        "corpora.reward",
+        "keep the best conversations by a reward model",
+        reads={"data": "many", "reward": "one"},
+        writes={"data": "data.jsonl", "rejected": "rejected.jsonl", "scores": "scores.json"},
     ),
     # --------------------------------------------------------------------------------- a model's language
     "adaptation.scratch": _kind(
@@ -127,9 +152,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "adaptation.vocabulary": _kind(
         "adaptation.vocabulary",
-        "add the pieces of a language to a tokenizer",
+        "make a tokenizer for a language: extend, shrink or replace a model's",
         reads={"model": "one", "corpus": "many"},
-        writes={"tokenizer": "tokenizer"},
+        writes={"tokenizer": "tokenizer", "report": "report.json", "page": "report.md"},
+        version=2,
     ),
     "adaptation.embeddings": _kind(
         "adaptation.embeddings",
@@ -140,16 +166,25 @@ KINDS: Mapping[str, Kind] = {
     "adaptation.pretrain": _kind(
         "adaptation.pretrain",
         "go on pre-training on text",
-        reads={"model": "one", "corpus": "many"},
-        writes={"model": "model"},
+        reads={"model": "one", "corpus": "many", "reference": "optional"},
+        writes={"model": "model", "curves": "curves.jsonl"},
+        agrees="adaptation.pretrain:disagreements",
         distributed=True,
-        version=3,
+        version=4,
     ),
     "adaptation.propagate": _kind(
         "adaptation.propagate",
         "carry an adapted base model's vocabulary over to its instruction-tuned sibling",
         reads={"base": "one", "adapted": "one", "instruct": "one"},
         writes={"model": "model"},
+    ),
+    "adaptation.calibrate": _kind(
+        "adaptation.calibrate",
+        "have a model answer prompts and copy texts, to calibrate it after a change of vocabulary",
+        reads={"model": "one", "prompts": "many", "corpus": "optional_many"},
+        writes={"data": "data.jsonl", "rejected": "rejected.jsonl", "answers": "answers.jsonl"},
+        agrees="adaptation.calibrate:disagreements",
+        keeps={".work/answers.jsonl": "answers.jsonl"},
     ),
     # ----------------------------------------------------------------------------------- large into small
     "distill.train": _kind(
@@ -159,7 +194,7 @@ KINDS: Mapping[str, Kind] = {
         writes={"model": "model", "curves": "curves.jsonl"},
         agrees="distill.train:disagreements",
         distributed=True,
-        version=2,
+        version=3,
     ),
     "distill.capture": _kind(
         "distill.capture",
@@ -167,7 +202,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"teacher": "one", "data": "many"},
         writes={"store": "store"},
         distributed=True,
-        version=3,
+        version=4,
     ),
     "distill.synthesize": _kind(
         "distill.synthesize.stage",
@@ -196,6 +231,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"model": "one", "data": "optional_many", "tasks": "optional_many"},
         writes={"importance": "importance.json"},
         handed={"tasks": "evaluation.tasks:load_tasks"},
+        version=2,
     ),
     "prune.cut": _kind(
         "prune.cut",
@@ -222,7 +258,7 @@ KINDS: Mapping[str, Kind] = {
             "file_bytes": "export.predict:gguf_bytes",
         },
         agrees="prune.iterate:disagreements",
-        version=3,
+        version=4,
     ),
     "prune.report": _kind(
         "prune.report",
@@ -240,6 +276,7 @@ KINDS: Mapping[str, Kind] = {
             "measure": "evaluation.tasks:measure",
             "gguf_bytes": "export.predict:gguf_bytes",
         },
+        version=2,
     ),
     # ------------------------------------------------------------------------------------------ measuring
     "evaluation.score": _kind(
@@ -253,6 +290,7 @@ KINDS: Mapping[str, Kind] = {
             "profiles": "optional",
         },
         writes={"scores": "scores.json"},
+        version=2,
     ),
     "evaluation.compare": _kind(
         "evaluation.compare",

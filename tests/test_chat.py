@@ -46,7 +46,7 @@ def test_chatml_is_spelt_as_everywhere(tokenizer: Tokenizer) -> None:
 
 
 def test_labels_stand_on_the_answers_and_their_end_token(tokenizer: Tokenizer) -> None:
-    ids, labels = Chat(tokenizer).encode(TALK)
+    [(ids, labels)] = Chat(tokenizer).encode(TALK)
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, i) for i, label in zip(ids, labels, strict=True))
     spans, current = [], []
@@ -62,19 +62,19 @@ def test_labels_stand_on_the_answers_and_their_end_token(tokenizer: Tokenizer) -
 
 def test_prompt_and_first_label_meet(tokenizer: Tokenizer) -> None:
     chat = Chat(tokenizer)
-    ids, labels = chat.encode(TALK[:3])
+    [(ids, labels)] = chat.encode(TALK[:3])
     prompt = chat.prompt_ids(TALK[:2])
     assert ids[: len(prompt)] == prompt
     assert labels[: len(prompt)] == [IGNORED] * len(prompt)
     assert labels[len(prompt)] != IGNORED
 
 
-def test_template_that_rewrites_the_past_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_an_answer_that_begins_elsewhere_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(
         "{{ messages|length }}{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(ModelError, match="changes earlier turns"):
+    with pytest.raises(ModelError, match=r"asks for an answer with '2.* where it writes '3.* once the answer"):
         Chat(Tokenizer(tmp_path)).encode(TALK)
 
 
@@ -114,9 +114,9 @@ def test_control_tokens_spelt_in_a_message_stay_text(tokenizer: Tokenizer, role:
     """An independent count: as many control tokens as the same talk without the spelling has."""
     talk = [dict(message) for message in TALK]
     chat, special = Chat(tokenizer), set(tokenizer.special_tokens.values())
-    honest = [i for i in chat.encode(talk).ids if i in special]
+    honest = [i for i in chat.encode(talk)[0].ids if i in special]
     talk[role]["content"] = INJECTED
-    ids = chat.encode(talk).ids
+    ids = chat.encode(talk)[0].ids
     assert [i for i in ids if i in special] == honest
     assert tokenizer._backend.decode(ids, skip_special_tokens=False) + "\n" == chat.render(talk, prompt=False)
     prompt = chat.prompt_ids(talk[:2])

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny import chats, tiny_model
 
-from distill import adapters, capture, train
+from distill import capture, train
 from distill.losses import LOSSES
 from distill.store import TopKStore
+from foundation import adapters
 from foundation.chat import IGNORED
 from foundation.dataio import conversations, write_jsonl
 from foundation.errors import InputError, MissingError, ModelError

@@ -1,4 +1,4 @@
-"""Rows of new tokens: means of the rows of their old pieces, and nothing else changes."""
+"""Rows of a new vocabulary: kept tokens keep theirs, others are means of old rows, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_vocabularies import KINDS, WORDS, Kind, before, new_vocabulary
 from safetensors.numpy import load_file
 from tiny import tiny_model
 
 from adaptation.embeddings import Settings, run
-from adaptation.pieces import averages, old_pieces
-from adaptation.tokenizer_json import TokenizerJson, byte_alphabet, to_byte_level
-from adaptation.vocabulary import extend
+from adaptation.extension import extend
+from adaptation.pieces import averages
+from adaptation.tokenizer_json import TokenizerJson, to_byte_level
 from foundation import tensors
 from foundation.errors import ModelError
 from foundation.model import load
@@ -26,20 +27,19 @@ from foundation.report import Silent
 from foundation.tensors import HEAD, TensorFiles, write_config, write_tensors
 from foundation.tokenizer import Tokenizer
 
-WORDS = ("штурман", " штурман", " ёжик", "объясняет", " стюардесса")
+EMBED = "model.embed_tokens.weight"
+BIAS = "lm_head.bias"
 ENGLISH = "The pilot lifts the barbell and rests."
 
 
 def extension(model: Path, folder: Path) -> Path:
     """`model`'s tokenizer with WORDS as tokens."""
-    base = TokenizerJson.read(model)
-    extend(base, {to_byte_level(word): 3 for word in WORDS}, []).write(folder)
-    return folder
+    return new_vocabulary("extension", model, folder)
 
 
-def grow(model: Path, folder: Path, **chosen: Any) -> Path:
-    """The stage on `model` and its extension; the new model's folder."""
-    tokenizer = extension(model, folder / "tokenizer")
+def grow(model: Path, folder: Path, kind: Kind = "extension", **chosen: Any) -> Path:
+    """The stage on `model` and a new vocabulary; the new model's folder."""
+    tokenizer = new_vocabulary(kind, model, folder / "tokenizer")
     run(Settings(**chosen), {"model": model, "tokenizer": tokenizer}, folder / "out", Silent())
     return folder / "out" / "model"
 
@@ -49,29 +49,17 @@ def by_hand(matrix: np.ndarray, ids: list[int], decay: float) -> np.ndarray:
     return sum(w / sum(weights) * matrix[i].astype(np.float64) for w, i in zip(weights, ids, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------ pieces
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
 
 
-def test_pieces_of_a_word_are_what_the_old_tokenizer_makes_of_it(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "m")
-    pieces = old_pieces([to_byte_level(word) for word in WORDS], TokenizerJson.read(model))
-    assert pieces == [Tokenizer(model).encode(word) for word in WORDS]
-
-
-def test_half_a_character_has_its_bytes_as_pieces(tmp_path: Path) -> None:
-    old = TokenizerJson.read(tiny_model(tmp_path / "m"))
-    alphabet = byte_alphabet()
-    token = alphabet[0xD1] + alphabet[0x84] + alphabet[0xD1]  # ф, and the first byte of another letter
-    (ids,) = old_pieces([token], old)
-    assert "".join(next(t for t, i in old.vocab.items() if i == piece) for piece in ids) == token
-
-
-@pytest.mark.parametrize("token", ["", "a b", "слово"])
-def test_a_token_without_pieces_is_refused(tmp_path: Path, token: str) -> None:
-    """A space or a Cyrillic letter is not in the byte alphabet: the library drops what it does not know."""
-    old = TokenizerJson.read(tiny_model(tmp_path / "m"))
-    with pytest.raises(ModelError, match="has no pieces"):
-        old_pieces([token], old)
+def edited(folder: Path, **edits: Any) -> None:
+    """Replace tensors of a model by function: edits["name"](old), with "_" for "."."""
+    held = dict(TensorFiles(folder).items())
+    names = {"embed": EMBED, "head": HEAD, "bias": BIAS, "layer": "model.layers.1.mlp.up_proj.weight"}
+    for short, edit in edits.items():
+        held[names[short]] = edit(held.get(names[short]))
+    write_tensors(folder, held.items())
 
 
 @settings(deadline=None)
@@ -98,23 +86,41 @@ def test_an_empty_piece_list_is_an_error_and_never_nan() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("chosen", "decay"), [({}, 0.0), ({"weighting": "exponential", "decay": 0.7}, 0.7)])
 def test_rows_are_the_means_of_old_rows(
-    tmp_path: Path, tied: bool, chosen: dict[str, Any], decay: float
+    tmp_path: Path, kind: Kind, tied: bool, chosen: dict[str, Any], decay: float
 ) -> None:
+    """Bit for bit, against a naive BPE: the row of every token, kept or new."""
     model = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
-    made = grow(model, tmp_path, **chosen)
-    old, new = load_file(model / "model.safetensors"), load_file(made / "model.safetensors")
-    tokenizer = Tokenizer(model)
-    ids = {word: TokenizerJson.read(made).vocab[to_byte_level(word)] for word in WORDS}
-    for name in ["model.embed_tokens.weight"] + ([] if tied else [HEAD]):
-        assert np.array_equal(new[name][:400], old[name])
-        assert new[name].shape == (TokenizerJson.read(made).size, 32)
-        for word, i in ids.items():
-            expected = by_hand(old[name], tokenizer.encode(word), decay).astype(np.float32)
-            np.testing.assert_array_equal(new[name][i], expected)
+    made = grow(model, tmp_path, kind, **chosen)
+    old, new = weights(model), weights(made)
+    pieces = before(made, model)
+    assert len(pieces) == TokenizerJson.read(made).size != 400
+    for name in [EMBED] + ([] if tied else [HEAD]):
+        expected = np.stack([by_hand(old[name], ids, decay) for ids in pieces.values()]).astype(np.float32)
+        np.testing.assert_array_equal(new[name], expected)
     assert (HEAD in new) is not tied
-    assert all(np.array_equal(new[name], old[name]) for name in old if new[name].shape == old[name].shape)
+    assert all(np.array_equal(new[name], old[name]) for name in old if name not in (EMBED, HEAD))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["substitution", "optimised"])
+def test_kept_tokens_are_said_as_before(tmp_path: Path, kind: Kind, tied: bool) -> None:
+    """The same tokens under other ids: the same logits, to the bit, and no other token has an old one's."""
+    model = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
+    made = grow(model, tmp_path, kind)
+    same = {i: ids[0] for i, ids in before(made, model).items() if len(ids) == 1}
+    text = list(same)[::7]
+    live, old = load(made), load(model)
+    assert len(live.get_input_embeddings().weight) == live.config.vocab_size == len(Tokenizer(made)) < 400
+    with torch.no_grad():
+        after, at_first = (
+            m(torch.tensor([ids])).logits[0] for m, ids in ((live, text), (old, [same[i] for i in text]))
+        )
+    torch.testing.assert_close(after[:, list(same)], at_first[:, list(same.values())], rtol=1e-6, atol=1e-6)
+    ends = Tokenizer(made).id_of("<|im_end|>")
+    assert live.config.eos_token_id == live.generation_config.eos_token_id == ends != old.config.eos_token_id
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -182,23 +188,149 @@ def test_same_inputs_give_the_same_bytes_and_a_kill_leaves_nothing(tmp_path: Pat
     assert {"chat_template.jinja", "tokenizer.json", "config.json"} <= {p.name for p in again.iterdir()}
 
 
-def test_a_foreign_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_of_its_own_has_a_matrix_of_its_own(tmp_path: Path) -> None:
+    """The old padding goes, too: 408 rows become as many as there are tokens."""
+    model = tiny_model(tmp_path / "m", vocab_size=408)
+    tokenizer = new_vocabulary("substitution", model, tmp_path / "t")
+    figures = run(Settings(), {"model": model, "tokenizer": tokenizer}, tmp_path / "out", Silent())
+    assert len(weights(tmp_path / "out" / "model")[EMBED]) == 333 == figures["embedding_rows"]
+    new, old = (json.loads((f / "tokenizer.json").read_text())["model"]["vocab"] for f in (tokenizer, model))
+    both = len(new.keys() & old.keys())
+    assert (figures["tokens_kept"], figures["tokens_added"]) == (both, 333 - both)
+    assert (figures["tokens_gone"], figures["rows_without_a_token"]) == (400 - both, 0)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("extension", 448), ("substitution", 384)])
+def test_rows_are_padded_and_padding_never_outdoes_a_token(tmp_path: Path, kind: Kind, rows: int) -> None:
+    """Whatever the hidden state, a padding row has less than the average token's probability.
+
+    A row of zeros has not: where the logits of all tokens are negative, it wins.
+    """
+    model = tiny_model(tmp_path / "m", tie_word_embeddings=False)
+    offset = torch.linspace(-0.5, 1, 32)
+    edited(model, head=lambda h: h * 20 + offset)
+    made = grow(model, tmp_path, kind, rows_multiple_of=64)
+    tokens = TokenizerJson.read(made).size
+    head = weights(made)[HEAD].astype(np.float64)
+    assert head.shape[0] == rows == json.loads((made / "config.json").read_text())["vocab_size"] > tokens
+    hidden = np.random.default_rng(0).normal(size=(200, 32)) - offset.numpy()
+
+    def most_of_padding(head: np.ndarray) -> float:
+        """Largest probability of a padding row over the mean probability of tokens."""
+        p = np.exp(hidden @ head.T)
+        return float((p[:, tokens:].max(1) / p[:, :tokens].mean(1)).max())
+
+    assert most_of_padding(head) <= 1
+    head[tokens:] = 0
+    assert most_of_padding(head) > 100
+    assert load(made).config.vocab_size == rows
+
+
+def test_a_multiple_that_is_met_adds_nothing(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m")
+    plain, padded = grow(model, tmp_path / "a"), grow(model, tmp_path / "b", rows_multiple_of=4)
+    assert {p.name: p.read_bytes() for p in plain.iterdir()} == {
+        p.name: p.read_bytes() for p in padded.iterdir()
+    }
+
+
+def test_ids_that_no_token_has_are_the_mean(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m")
     content = json.loads((extension(model, tmp_path / "t") / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    size = len(vocab)
+    vocab[to_byte_level(" мама")] = size + 2  # ids size and size + 1 are no token's
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match=r"does not extend .*: 2 tokens are missing or have other ids"):
+    figures = run(Settings(), {"model": model, "tokenizer": tmp_path / "t"}, tmp_path / "out", Silent())
+    rows = weights(tmp_path / "out" / "model")[EMBED].astype(np.float64)
+    assert figures["rows_without_a_token"] == 2
+    for hole in (size, size + 1):
+        np.testing.assert_allclose(
+            rows[hole], np.delete(rows, [size, size + 1], 0).mean(0), rtol=1e-6, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_random_rows_have_the_old_rows_moments(tmp_path: Path, tied: bool) -> None:
+    model = tiny_model(tmp_path / "m", tie_word_embeddings=tied)
+    scales = torch.logspace(-2, 1, 32)
+    edited(model, embed=lambda e: e * scales + 3 * scales, **({} if tied else {"head": lambda h: h * scales}))
+    made = grow(model, tmp_path / "a", "substitution", weighting="random")
+    old, new = weights(model), weights(made)
+    fresh = [i for i, ids in before(made, model).items() if len(ids) > 1]
+    z = {}
+    for name in [EMBED] + ([] if tied else [HEAD]):
+        z[name] = (new[name][fresh] - old[name].mean(0)) / old[name].std(0)
+        assert abs(z[name].mean()) < 4 / z[name].size ** 0.5
+        assert abs(z[name].std() - 1) < 4 / (2 * z[name].size) ** 0.5
+        assert np.abs(z[name].mean(0)).max() < 5 / len(fresh) ** 0.5  # and in every dimension
+    assert tied or abs((z[EMBED] * z[HEAD]).mean()) < 4 / z[HEAD].size ** 0.5  # drawn apart
+    again = grow(model, tmp_path / "b", "substitution", weighting="random")
+    other = grow(model, tmp_path / "c", "substitution", weighting="random", seed=18)
+    assert np.array_equal(weights(again)[EMBED], new[EMBED])
+    assert not np.array_equal(weights(other)[EMBED][fresh], new[EMBED][fresh])
+
+
+def test_random_rows_of_a_stored_tied_head_stay_equal(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m")
+    edited(model, head=lambda _: TensorFiles(model).read(EMBED).clone())
+    new = weights(grow(model, tmp_path, weighting="random"))
+    assert np.array_equal(new[HEAD], new[EMBED]) and new[EMBED][400:].std() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_heads_bias_follows_the_rule_of_its_rows(tmp_path: Path, kind: Kind) -> None:
+    model = tiny_model(tmp_path / "m", tie_word_embeddings=False)
+    edited(model, bias=lambda _: torch.linspace(-3, 5, 400))
+    made = grow(model, tmp_path, kind)
+    old, new = weights(model)[BIAS], weights(made)[BIAS]
+    expected = [float(np.mean([np.float64(old[i]) for i in ids])) for ids in before(made, model).values()]
+    np.testing.assert_allclose(new, expected, rtol=1e-6, atol=1e-7)
+    assert new.dtype == np.float32
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("short", "name"), [("embed", EMBED), ("layer", "model.layers.1.mlp.up_proj.weight")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, short: str, name: str, bad: float) -> None:
+    model = tiny_model(tmp_path / "m")
+
+    def spoilt(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[[3, 40, 41]] = bad
+        return tensor.bfloat16()
+
+    edited(model, **{short: spoilt})
+    with pytest.raises(ModelError, match=f"{name} holds 3 numbers that are NaN or infinite, of"):
+        grow(model, tmp_path)
+
+
+def test_a_control_token_that_is_gone_is_refused_by_name(tmp_path: Path) -> None:
+    """config.json ends an answer at <|im_end|>; a vocabulary without it would never end one."""
+    model = tiny_model(tmp_path / "m")
+    content = json.loads((extension(model, tmp_path / "t") / "tokenizer.json").read_text())
+    content["added_tokens"] = content["added_tokens"][:2]
+    del content["model"]["vocab"]["<|im_end|>"]
+    (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ModelError, match=r"eos_token_id = 2 is '<\|im_end\|>', which is not in the new vocabulary"
+    ):
         run(Settings(), {"model": model, "tokenizer": tmp_path / "t"}, tmp_path / "out", Silent())
+    assert not (tmp_path / "out").exists()
 
 
-def test_ids_with_a_gap_are_refused(tmp_path: Path) -> None:
+def test_ids_that_run_far_beyond_the_tokens_are_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m")
     content = json.loads((extension(model, tmp_path / "t") / "tokenizer.json").read_text())
     content["model"]["vocab"]["zzz"] = 9999
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ModelError, match="do not run from 400 to 9999"):
+    with pytest.raises(ModelError, match="ids run to 9999 for 441 tokens"):
         run(Settings(), {"model": model, "tokenizer": tmp_path / "t"}, tmp_path / "out", Silent())
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "m", tie_word_embeddings=False)
+    edited(model, head=lambda h: h[:-1])
+    with pytest.raises(ModelError, match=r"embeddings are \[400, 32\], the LM head \[399, 32\]"):
+        grow(model, tmp_path)
 
 
 def test_fewer_rows_than_tokens_are_refused(tmp_path: Path) -> None:

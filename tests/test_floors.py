@@ -28,7 +28,7 @@ FLOOR = {
 HEAVY = {
     "torch", "transformers", "peft", "datasets", "accelerate", "llama_cpp", "sentencepiece", "unsloth",
     "bitsandbytes", "trl",
-    "matplotlib",
+    "matplotlib", "sklearn", "scipy", "datasketch", "pyarrow",
 }  # fmt: skip
 
 # What the command line must not load before it knows what is asked for.

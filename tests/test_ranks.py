@@ -45,7 +45,7 @@ corpus = "corpus.txt"
 name = "s"
 kind = "adaptation.pretrain"
 reads = { model = "model", corpus = "corpus" }
-trains = "all"
+trains = ["embeddings", "head", "layers"]
 steps = 30
 learning_rate = 5e-4
 batch_rows = 2

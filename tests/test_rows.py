@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from crossings import in_float64
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEXTS, chats, tiny_tokenizer
 
@@ -15,7 +16,7 @@ from foundation.chat import IGNORED
 from foundation.errors import InputError
 from foundation.losses import next_token_nll
 from foundation.model import create
-from foundation.rows import Endless, JoinedRows, chat_rows, collate, first_fit, pack
+from foundation.rows import Endless, JoinedRows, PackedRows, chat_rows, collate, first_fit, pack
 from foundation.tokenizer import Tokenizer
 
 
@@ -31,6 +32,38 @@ def test_packed_rows_are_the_corpus_end_to_end(tokenizer: Tokenizer, tmp_path: P
     assert flat.tolist() == joined[: len(joined) // 16 * 16]
     for row in rows:  # what is counted is what has a loss: all but the first, which has nothing before it
         assert row["labels"].tolist() == [-100, *row["input_ids"][1:].tolist()]
+
+
+def test_rows_of_documents_apart_are_the_same_tokens_with_places_of_their_own(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    joined = [place for text in TEXTS for place in range(len(tokenizer.encode(text)) + 1)]  # in its document
+    plain = pack(TEXTS, tokenizer, 16, tmp_path / "plain")
+    apart = pack(TEXTS, tokenizer, 16, tmp_path / "apart", apart=True)
+    names = ("tokens.bin", "tokens.json")
+    assert all((tmp_path / "plain" / n).read_bytes() == (tmp_path / "apart" / n).read_bytes() for n in names)
+    for number, row in enumerate(apart):
+        assert set(plain[number]) == {"input_ids", "labels"}
+        assert all((row[name] == plain[number][name]).all() for name in plain[number])
+        wanted = joined[number * 16 : number * 16 + 16]
+        start = wanted.index(0) if 0 in wanted else 16  # a document that goes on from the row before
+        assert row["position_ids"].tolist() == [*range(start), *wanted[start:]]
+
+
+def test_marks_stand_beside_their_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A mark for every third token of a document; ids are what they are without marks."""
+
+    def third(texts: object, encoded: list[list[int]]) -> list[np.ndarray]:
+        return [np.arange(len(ids)) % 3 == 2 for ids in encoded]
+
+    plain = pack(TEXTS, tokenizer, 16, tmp_path / "plain")
+    marked = pack(TEXTS, tokenizer, 16, tmp_path / "marked", marks=third, marks_from="thirds")
+    flat = [place % 3 == 2 for text in TEXTS for place in range(len(tokenizer.encode(text)) + 1)]
+    assert [mark for row in marked for mark in row["marks"]] == flat[: 16 * len(marked)]
+    assert all((one["input_ids"] == two["input_ids"]).all() for one, two in zip(plain, marked, strict=True))
+    assert collate([marked[0], marked[1]], 0)["marks"].dtype == torch.bool
+    with pytest.raises(InputError, match="no text"):  # what was packed with other marks is not used again
+        pack(iter(()), tokenizer, 16, tmp_path / "marked", marks=third, marks_from="others")
 
 
 def test_finished_packing_is_used_again_and_a_torn_one_is_not(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -166,3 +199,74 @@ def test_joined_rows_give_the_gradient_of_separate_ones(
     expected = gradient([[row] for row in rows])
     for batches in ([[row] for row in joined], [joined]):
         torch.testing.assert_close(gradient(batches), expected, atol=tolerance, rtol=tolerance)
+
+
+BOUNDARY, BLOCK = 1, 12
+DOCUMENTS = st.lists(st.lists(st.integers(2, 39), max_size=14), min_size=4, max_size=8)
+
+
+def packed_by_hand(documents: list[list[int]], folder: Path) -> PackedRows:
+    """The rows of documents given as ids."""
+    flat = [i for document in documents for i in [BOUNDARY, *document]] * BLOCK
+    np.asarray(flat[: len(flat) // BLOCK * BLOCK][: 3 * BLOCK], dtype=np.uint32).tofile(folder / "t.bin")
+    return PackedRows(folder / "t.bin", BLOCK, boundary_id=BOUNDARY)
+
+
+@pytest.fixture(scope="module")
+def double() -> torch.nn.Module:
+    return in_float64(
+        create(
+            {
+                "model_type": "llama", "vocab_size": 40, "num_hidden_layers": 2, "hidden_size": 16,
+                "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+                "max_position_embeddings": 32, "tie_word_embeddings": False,
+            },
+            0,
+        )
+    )  # fmt: skip
+
+
+@settings(deadline=None, max_examples=25)
+@given(documents=DOCUMENTS)
+def test_packed_rows_give_the_gradient_of_their_documents_one_by_one(
+    double: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]
+) -> None:
+    """Each alone from position 0, and what comes after it is its last label: the token that ends it."""
+    rows = list(packed_by_hand(documents, tmp_path_factory.mktemp("rows")))
+    double.zero_grad()
+    next_token_nll(double, collate(rows, 0)).backward()
+    packed = {name: value.grad.clone() for name, value in double.named_parameters()}
+    double.zero_grad()
+    for row in rows:
+        ids = row["input_ids"].tolist()
+        starts = [0] + [place for place in range(1, BLOCK) if ids[place] == BOUNDARY]
+        for start, end in zip(starts, [*starts[1:], BLOCK], strict=True):
+            piece = torch.tensor([ids[start:end]])
+            after = ids[start + 1 : end + 1]  # one shorter at the end of the row
+            logits = double(piece).logits[0, : len(after)]
+            torch.nn.functional.cross_entropy(
+                logits, torch.tensor(after, dtype=torch.int64), reduction="sum"
+            ).backward()
+    for name, value in double.named_parameters():
+        torch.testing.assert_close(packed[name], value.grad, atol=1e-10, rtol=1e-10)
+
+
+@settings(deadline=None, max_examples=25)
+@given(documents=DOCUMENTS, data=st.data())
+def test_no_token_of_one_document_changes_the_logits_of_another(
+    double: torch.nn.Module,
+    tmp_path_factory: pytest.TempPathFactory,
+    documents: list[list[int]],
+    data: st.DataObject,
+) -> None:
+    row = packed_by_hand(documents, tmp_path_factory.mktemp("rows"))[0]
+    number = np.cumsum(row["position_ids"] == 0)  # which document each token is of
+    place = data.draw(st.integers(0, BLOCK - 1))
+    other = {**row, "input_ids": row["input_ids"].copy()}
+    other["input_ids"][place] = 0
+    before, after = (
+        double(ids["input_ids"], position_ids=ids["position_ids"], use_cache=False).logits[0]
+        for ids in (collate([row], 0), collate([other], 0))
+    )
+    moved = ((before - after).abs().amax(1) > 0).numpy()
+    assert moved[place] and not moved[number != number[place]].any()

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from distill.synthesize import catalogue, duplicates, filters, grid, programme, shape, template
+from distill.synthesize import catalogue, duplicates, grid, programme, shape, template
 from distill.synthesize.template import Key
+from foundation import filters
 from foundation.errors import InputError, RecipeError
 
 # --- grid ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny import TEXTS, chats, tiny_model
 from foundation.checkpoints import COMPLETE
 from foundation.errors import MissingError, ModelError, StopRequested
 from foundation.losses import cross_entropy
+from foundation.mixture import Mixture
 from foundation.model import load
 from foundation.report import Silent
 from foundation.rows import chat_rows, pack
@@ -188,6 +190,87 @@ def test_curves_say_what_each_step_measured(folder: Path, tmp_path: Path) -> Non
     assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert lines[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)  # before clipping
     assert [line["learning_rate"] for line in lines] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [  # of a peak of 1, at the beginning of each step: warm-up, the peak, then down in a line
+        ({"decay_share": 0.4}, [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]),
+        ({}, [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1]),  # a tenth is one step, which begins at the peak
+        ({"warmup_steps": 0, "decay_share": 1.0}, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    ],
+)
+def test_wsd_warms_up_stays_and_decays(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], rates: list[float]
+) -> None:
+    trained(folder, tmp_path, schedule="wsd", steps=10, **{"batch_rows": 1, "learning_rate": 1e-3, **changes})
+    lines = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([rate * 1e-3 for rate in rates])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_other_schedules_are_as_they_were(folder: Path, tmp_path: Path, schedule: str) -> None:
+    trained(folder, tmp_path, schedule=schedule, steps=6, batch_rows=1, learning_rate=1e-3)
+    lines = [json.loads(line) for line in (tmp_path / "curves.jsonl").read_text().splitlines()]
+    shape = {
+        "cosine": [0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4)],
+        "linear": [1, 0.75, 0.5, 0.25],
+        "constant": [1, 1, 1, 1],
+    }[schedule]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([r * 1e-3 for r in [0, 0.5, *shape]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"decay_share": 0.5}, "decay_share has no effect with schedule = 'cosine'"),
+        ({"schedule": "wsd", "steps": 20}, "warmup_steps = 30 and 2 steps of decay .* more than steps = 20"),
+        ({"schedule": "wsd", "decay_share": 0.0}, "greater than 0"),
+        ({"schedule": "wsd", "decay_share": 1.1}, "less than or equal to 1"),
+    ],
+)
+def test_a_decay_that_can_not_be(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TuneSettings(**changes)
+
+
+def test_a_mixture_in_place_of_rows(folder: Path, tmp_path: Path) -> None:
+    """An order says itself what comes when; it is asked for as many rows as there are."""
+    tokenizer = Tokenizer(folder)
+    parts = [pack(texts, tokenizer, 16, tmp_path / str(n)) for n, texts in enumerate((TEXTS[::2], TEXTS[1::2]))]
+    seen: list[int] = []
+
+    def loss(model: Any, batch: Any, items: Any) -> torch.Tensor:
+        seen.extend(batch["input_ids"].sum(1).tolist())
+        return cross_entropy(model, batch, items)
+
+    asked = []
+
+    def order(needed: int) -> Mixture:
+        asked.append(needed)
+        return Mixture(parts, [0.75, 0.25], needed, 3)
+
+    settings = TuneSettings(steps=3, batch_rows=2, accumulation=2)
+    tune(load(folder), order, loss, settings, tmp_path, Silent(), pad_id=0)
+    assert asked == [12]
+    assert seen == [int(row["input_ids"].sum()) for row in Mixture(parts, [0.75, 0.25], 12, 3)]
+
+
+def test_what_is_named_has_no_weight_decay(folder: Path, tmp_path: Path) -> None:
+    """A gradient of zero moves nothing but by decay."""
+    model, before = load(folder), load(folder).state_dict()
+    rows = pack(TEXTS, Tokenizer(folder), 16, tmp_path / "rows")
+
+    def nothing(model: Any, batch: Any, items: Any) -> torch.Tensor:
+        return cross_entropy(model, batch, items) * 0
+
+    settings = TuneSettings(steps=2, warmup_steps=0, weight_decay=0.1, learning_rate=0.1, schedule="constant")
+    named = {"model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"}
+    tune(model, rows, nothing, settings, tmp_path, Silent(), pad_id=0, undecayed=named)
+    for name, value in model.state_dict().items():
+        kept = name in named or "norm" in name or name == "lm_head.weight"  # which is the embeddings
+        torch.testing.assert_close(value, before[name] * (1 if kept else 0.99**2))
+        assert torch.equal(value, before[name]) == kept
 
 
 def test_sums_of_a_loss_become_means_of_a_step(folder: Path, tmp_path: Path) -> None:

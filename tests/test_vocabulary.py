@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import json
 import random
-import string
 import unicodedata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,208 +12,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tokenizers import Tokenizer
+from vocabularies import (
+    NOUNS,
+    PLACES,
+    RUSSIAN,
+    VERBS,
+    Made,
+    byte_base,
+    characters_base,
+    llama_spm,
+    russian_lines,
+    stories,
+)
 
-from adaptation import unigram
-from adaptation.merges import by_pair, by_token, learn, settle
-from adaptation.scratch import train_tokenizer
+from adaptation.candidates import Candidate, propose
+from adaptation.extension import extend
+from adaptation.sample import lines_of
 from adaptation.tokenizer_json import TokenizerJson, byte_alphabet, from_byte_level, to_byte_level
-from adaptation.vocabulary import Settings, extend, run, script_characters, select
+from adaptation.vocabulary import Settings, run
+from adaptation.words import script_characters, select
 from export.gguf import write_vocabulary_only
 from export.vocabulary import read_vocabulary
-from foundation.dataio import write_jsonl
-from foundation.errors import InputError, ModelError
+from foundation.errors import ModelError
 from foundation.llama import LlamaModel
 from foundation.report import Silent
-
-RUSSIAN = "[ А-Яа-яЁё]+"
-ENGLISH = [
-    "The pilot lifts the barbell and rests.",
-    "A squat trains the legs; the crew runs in the hangar.",
-] * 30
-NOUNS = ["пилот", "экипаж", "штурман", "стюардесса", "командир", "ёж", "самолёт", "ангар", "тренер", "штанга"]
-VERBS = ["отдыхает", "поднимает", "видит", "ждёт", "тренирует", "бережёт", "подъезжает", "объясняет"]
-PLACES = ["утром", "вечером", "дома", "в зале", "на поле", "после рейса", "перед вылетом", "у ангара"]
-
-
-def russian_lines(count: int = 400) -> list[str]:
-    dice = random.Random(5)
-    return [
-        f"{dice.choice(NOUNS).capitalize()} {dice.choice(VERBS)} {dice.choice(PLACES)} {dice.choice(NOUNS)}."
-        for _ in range(count)
-    ]
-
-
-def byte_base(folder: Path) -> Path:
-    """English byte-level BPE; control tokens below, and one above the other tokens, as in Qwen."""
-    train_tokenizer(ENGLISH, 320, 128, folder)
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_special_tokens(["<|late|>"])
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def characters_base(folder: Path) -> Path:
-    """SentencePiece's family as in Llama 2: bytes, the characters of `ENGLISH`, all splits as merges."""
-    words = sorted({"▁" + word for line in ENGLISH for word in line.split()})
-    characters = sorted(set("".join(words)) | set(string.ascii_letters))
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    learnt = learn([(list(word), len(word)) for word in words], {}, by_token, lambda token: (len(token), token))
-    merges = []
-    for token in dict.fromkeys(left + right for left, right in learnt):
-        vocab[token] = len(vocab)
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += [list(cut) for cut in cuts if cut[0] in vocab and cut[1] in vocab]
-    special = [{"id": i, "content": token, "special": True} for i, token in enumerate(tokens[:3])]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    content = {
-        "version": "1.0",
-        "added_tokens": [token | flags for token in special],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]},
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
-            "vocab": vocab, "merges": merges,
-        },
-    }  # fmt: skip
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-class Made:
-    """A base and its extension by the stage."""
-
-    def __init__(self, folder: Path, base: Path, **changes: Any) -> None:
-        corpus = folder / "ru.jsonl"
-        write_jsonl(corpus, [{"text": line} for line in russian_lines()])
-        self.out, self.report = folder / "out", Silent()
-        chosen: dict[str, Any] = {"add_tokens": 40, "pieces": 300} | changes
-        self.figures = run(Settings(**chosen), {"model": base, "corpus": (corpus,)}, self.out, self.report)
-        self.base, self.new = TokenizerJson.read(base), TokenizerJson.read(self.out / "tokenizer")
-        self.before, self.after = self.base.backend(), self.new.backend()
 
 
 @pytest.fixture(scope="module", params=["bytes", "characters"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp(request.param)
     return Made(folder, (byte_base if request.param == "bytes" else characters_base)(folder / "base"))
-
-
-# ------------------------------------------------------------------------------------------------ merges
-
-
-def naive_bpe(symbols: list[str], ranks: dict[Any, int], key: Any) -> list[str]:
-    """The textbook: look for the best known pair over the whole word, again and again."""
-    symbols = list(symbols)
-    while True:
-        best = None
-        for i in range(len(symbols) - 1):
-            rank = ranks.get(key(symbols[i], symbols[i + 1]))
-            if rank is not None and (best is None or rank < best[0]):
-                best = rank, i
-        if best is None:
-            return symbols
-        i = best[1]
-        symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
-
-
-def naive_learn(words: dict[str, int], ranks: dict[Any, int], key: Any) -> list[Any]:
-    """Count every pair of every word afresh before each merge, and encode every word from its characters."""
-    ranks, keys = dict(ranks), []
-    while True:
-        counts: dict[Any, int] = {}
-        for word, weight in words.items():
-            symbols = naive_bpe(list(word), ranks, key)
-            for left, right in pairwise(symbols):
-                counts[key(left, right)] = counts.get(key(left, right), 0) + weight
-        if not counts:
-            return keys
-        best = min(counts, key=lambda k: (-counts[k], len("".join(k)), "".join(k), k))
-        keys.append(best)
-        ranks[best] = len(ranks)
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    st.dictionaries(st.text("abc", min_size=1, max_size=7), st.integers(1, 4), min_size=1, max_size=8),
-    st.lists(st.tuples(*[st.sampled_from(["a", "b", "c", "ab", "bc"])] * 2), max_size=4, unique=True),
-    st.sampled_from([by_pair, by_token]),
-)
-def test_merges_are_those_of_the_naive_algorithm(words: dict[str, int], known: list[Any], key: Any) -> None:
-    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(key(*pair) for pair in known))}
-    start = [(naive_bpe(list(word), ranks, key), weight) for word, weight in words.items()]
-    learnt = learn(start, ranks, key, lambda token: (len(token), token))
-    assert [key(*pair) for pair in learnt] == naive_learn(words, ranks, key)
-
-
-def test_merges_of_a_small_case_by_hand() -> None:
-    """ab weighs 5 + 2, so it comes first; then abc (5); bd and abd tie at 2: only abd is left to make."""
-    learnt = learn([("abc", 5), ("abd", 2)], {}, by_pair, lambda token: (len(token), token))
-    assert learnt == [("a", "b"), ("ab", "c"), ("ab", "d")]
-
-
-def test_ties_go_to_the_shorter_then_the_smaller() -> None:
-    def order(token: str) -> tuple[int, str]:
-        return len(token), token
-
-    assert learn([(["b", "cc"], 1), (["b", "a"], 1), (["a", "b"], 1)], {}, by_pair, order) == [
-        ("a", "b"),
-        ("b", "a"),
-        ("b", "cc"),
-    ]
-
-
-def test_settle_applies_the_lowest_rank_first() -> None:
-    symbols = list("abcab")
-    settle(symbols, {("b", "c"): 0, ("a", "b"): 1, ("a", "bc"): 2}, by_pair)
-    assert symbols == ["abc", "ab"]
-
-
-# ------------------------------------------------------------------------------------------------ select
-
-
-def test_select_drops_each_piece_for_its_reason(tmp_path: Path) -> None:
-    base = TokenizerJson.read(byte_base(tmp_path / "base"))
-    report = Silent()
-    pieces = [
-        ("▁the", -1.0),  # another script, and known: the first reason counts
-        ("▁2024", -1.1),
-        ("▁", -1.2),  # a space matches the pattern, and the base has it
-        ("▁дом", -2.0),
-        ("дома", -3.0),
-        ("дом▁на", -3.5),  # the base would split it at the space
-        ("кот", -4.0),
-        ("▁кит", -5.0),
-    ]
-    words = select(pieces, base, RUSSIAN, 3, report)
-    assert list(words) == [to_byte_level(" дом"), to_byte_level("дома"), to_byte_level("кот")]
-    assert list(words.values()) == [135335, 49787, 18315]  # int(1e6 * exp(-2)), exp(-3), exp(-4)
-    assert report.notes == [
-        "3 words taken of 4; dropped: 1 known to the base, 2 of another script, "
-        "1 split by the base's pre-tokenizer"
-    ]
-
-
-def test_the_limit_counts_what_the_script_filter_left(tmp_path: Path) -> None:
-    base = TokenizerJson.read(byte_base(tmp_path / "base"))
-    pieces = [(f"word{i}", -1.0) for i in range(10)] + [("слово", -9.0), ("дело", -30.0)]
-    words = select(pieces, base, RUSSIAN, 2, Silent())
-    assert words == {to_byte_level("слово"): 123, to_byte_level("дело"): 1}  # no weight below 1
-
-
-def test_select_spells_words_as_the_characters_family_does(tmp_path: Path) -> None:
-    base = TokenizerJson.read(characters_base(tmp_path / "base"))
-    words = select([("▁дом", -1.0), ("дом", -2.0), ("до▁м", -3.0), ("▁", -3.0)], base, RUSSIAN, 9, Silent())
-    assert list(words) == ["▁дом", "дом"]
 
 
 @given(st.text())
@@ -251,6 +76,17 @@ def test_transformers_loads_it(made: Made) -> None:
         loaded(text, add_special_tokens=False).input_ids
         == made.after.encode(text, add_special_tokens=False).ids
     )
+
+
+def test_words_that_bpe_proposes_are_learnt_as_well(made: Made, tmp_path: Path) -> None:
+    """Twice as many words of BPE's: the most frequent pieces, of which each is one token."""
+    bpe = Made(tmp_path, made.base.folder, add_tokens=80, trainer="bpe")
+    assert bpe.figures["words_added"] == 80 and bpe.new.vocab != made.new.vocab
+    assert bpe.figures["tokens_per_word_after"] < bpe.figures["tokens_per_word_before"] / 2
+    words = select(propose(russian_lines(), 300, "bpe", Silent()), bpe.base, RUSSIAN, 80, Silent()).taken
+    model = bpe.after.model
+    for word in words:
+        assert [token.value for token in model.tokenize(word)] == [word]
 
 
 def test_control_tokens_keep_their_ids_in_a_text(tmp_path: Path) -> None:
@@ -330,46 +166,10 @@ def test_same_settings_give_the_same_bytes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- SentencePiece's family
 
 
-def llama_spm(text: str, vocab: dict[str, int], merges: list[tuple[str, str]]) -> list[str]:
-    """llama.cpp's SPM tokenizer: any two neighbours that make a token, by score, then by place.
-
-    A token's score is minus its lowest merge rank, as the exporter writes it; tokens without a merge never
-    form.
-    """
-    score: dict[str, int] = {}
-    for rank, (left, right) in enumerate(merges):
-        score.setdefault(left + right, -rank)
-    symbols = list("▁" + text.replace(" ", "▁"))
-    left = list(range(-1, len(symbols) - 1))
-    right = [*range(1, len(symbols)), -1]
-    queue: list[tuple[int, int, int, str]] = []
-
-    def offer(i: int, j: int) -> None:
-        if i >= 0 and j >= 0 and symbols[i] + symbols[j] in score:
-            heapq.heappush(queue, (-score[symbols[i] + symbols[j]], i, j, symbols[i] + symbols[j]))
-
-    for i in range(len(symbols) - 1):
-        offer(i, i + 1)
-    while queue:
-        _, i, j, joined = heapq.heappop(queue)
-        if not symbols[i] or not symbols[j] or symbols[i] + symbols[j] != joined:
-            continue
-        symbols[i], symbols[j] = joined, ""
-        right[i] = right[j]
-        if right[j] >= 0:
-            left[right[j]] = i
-        offer(left[i], i)
-        offer(i, right[i])
-    out = []
-    for symbol in filter(None, symbols):
-        out += [symbol] if symbol in vocab else [f"<0x{byte:02X}>" for byte in symbol.encode()]
-    return out
-
-
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("spm")
-    return Made(folder, characters_base(folder / "base"), add_tokens=120)
+    return Made(folder, characters_base(folder / "base"), add_tokens=60)
 
 
 @settings(deadline=None, max_examples=400)
@@ -448,7 +248,8 @@ def test_other_spellings_of_the_family(tmp_path: Path, normalizer: Any, pre_toke
     content |= {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
     base = TokenizerJson.read(folder)
-    words = select([("▁рейс", -1.0), ("рейс", -2.0), ("ами", -3.0)], base, RUSSIAN, 3, Silent())
+    pieces = [Candidate("▁рейс", -1.0, 9), Candidate("рейс", -2.0, 5), Candidate("ами", -3.0, 1)]
+    words = select(pieces, base, RUSSIAN, 3, Silent()).taken
     assert list(words) == ["▁рейс", "рейс", "ами"]
     tokens = extend(base, words, []).backend().encode("рейс рейсами", add_special_tokens=False).tokens
     assert tokens == [start + "рейс", "▁рейс", "ами"]
@@ -459,61 +260,6 @@ def test_every_character_of_the_script_becomes_a_token(spm: Made) -> None:
     letters = {char for line in russian_lines() for char in line if char not in " ."}
     assert letters <= spm.new.vocab.keys()
     assert script_characters(["ёж, Ёж 12 fox"], RUSSIAN) == [" ", "Ё", "ж", "ё"]
-
-
-# ----------------------------------------------------------------------------------- corpus and refusals
-
-
-def test_lines_are_in_nfc_and_not_blank() -> None:
-    assert list(unigram.lines_of(["и\u0306од\n\n  два \n", "три"])) == ["йод", "два", "три"]
-
-
-@given(st.integers(60, 400), st.integers(1, 80), st.integers(0, 5))
-def test_draw_holds_every_fiftieth_and_takes_no_line_twice(count: int, most: int, seed: int) -> None:
-    lines = [str(i) for i in range(count)]
-    sample = unigram.draw(lines, most, seed)
-    assert sample.held == lines[49::50]
-    assert len(sample.train) == min(most, count - len(sample.held)) == len(set(sample.train))
-    assert not set(sample.train) & set(sample.held)
-    assert sample == unigram.draw(lines, most, seed)
-
-
-def test_draw_is_fair() -> None:
-    lines, hits = [str(i) for i in range(100)], dict.fromkeys(range(100), 0)
-    for seed in range(600):
-        for line in unigram.draw(lines, 20, seed).train:
-            hits[int(line)] += 1
-    drawn = [hits[i] for i in range(100) if i % 50 != 49]
-    assert min(drawn) > 70 and max(drawn) < 180  # expected 600 * 20 / 98 = 122, standard deviation 10
-
-
-def test_a_corpus_of_few_lines_is_refused() -> None:
-    with pytest.raises(InputError, match="12 lines of text; at least 50"):
-        unigram.draw(["строка"] * 12, 100, 0)
-
-
-def test_fewer_pieces_than_asked_for_are_reported() -> None:
-    report = Silent()
-    pieces = unigram.train(russian_lines(), 30_000, report)
-    assert report.notes == [f"the corpus gives {len(pieces) + 3} Unigram pieces, 30000 were asked for"]
-    assert ("▁" in dict(pieces)) and all(score <= 0 for _, score in pieces)
-
-
-def test_fewer_pieces_than_characters_are_refused() -> None:
-    with pytest.raises(InputError, match="can not make 10 pieces"):
-        unigram.train(russian_lines(), 10, Silent())
-
-
-def test_pieces_hold_at_most_one_digit() -> None:
-    lines = [f"{line} {i % 7}{i % 7}{i % 7}" for i, line in enumerate(russian_lines())]
-    pieces = [piece for piece, _ in unigram.train(lines, 300, Silent())]
-    assert not [piece for piece in pieces if sum(char.isdigit() for char in piece) > 1]
-
-
-def test_a_corpus_of_another_language_is_refused(tmp_path: Path) -> None:
-    base = TokenizerJson.read(byte_base(tmp_path / "base"))
-    with pytest.raises(InputError, match=r"no word of the corpus is left to add; .*'of another script': 2"):
-        select([("▁word", -1.0), ("thing", -2.0)], base, RUSSIAN, 9, Silent())
 
 
 def test_a_bad_pattern_is_refused_with_the_settings() -> None:
@@ -551,14 +297,6 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------- real data
 
 
-def stories(data: Path, folder: Path, files: int) -> Path:
-    path = folder / "ru.jsonl"
-    found = sorted((data / "text" / "tinystories-ru").glob("*.jsonl"))[:files]
-    texts = [json.loads(line)["story"] for file in found for line in file.read_text().splitlines()]
-    write_jsonl(path, [{"text": text} for text in texts])
-    return path
-
-
 @pytest.mark.realdata
 def test_stories260k_learns_russian_words(samovar_data: Path, tmp_path: Path) -> None:
     model, corpus, report = (
@@ -572,9 +310,7 @@ def test_stories260k_learns_russian_words(samovar_data: Path, tmp_path: Path) ->
     assert figures["tokens_per_word_before"] > 10 and figures["tokens_per_word_after"] < 2.5
     new = TokenizerJson.read(tmp_path / "out" / "tokenizer")
     backend = new.backend()
-    for line in unigram.lines_of(
-        ["Жила-была лиса. Once upon a time, there was a ёжик 🙂!", *russian_lines(200)]
-    ):
+    for line in lines_of(["Жила-была лиса. Once upon a time, there was a ёжик 🙂!", *russian_lines(200)]):
         encoding = backend.encode(line, add_special_tokens=False)
         assert encoding.tokens == llama_spm(line, new.vocab, new.merges)
         assert backend.decode(encoding.ids) == line

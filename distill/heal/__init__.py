@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill.adapters import Lora, merged, taken_off, with_adapters
 from distill.heal.layers import check_map, layer_outputs, layers_of, neighbours, pairs
 from distill.heal.loss import SERVED, HealingLoss
 from distill.losses import LOSSES
 from distill.store import TopKStore
+from foundation.adapters import Lora, merged, taken_off, with_adapters
 from foundation.errors import InputError, ModelError
 from foundation.healing import HealSettings
 from foundation.model import context_tokens, load

@@ -15,13 +15,13 @@ from pydantic import Field, field_validator, model_validator
 from distill.synthesize import grid
 from distill.synthesize.address import address
 from distill.synthesize.asks import Teacher
-from distill.synthesize.filters import Script
 from distill.synthesize.ledger import Ledger
 from distill.synthesize.plan import make_plan
 from distill.synthesize.template import EXAMPLES, NAME, shipped
 from distill.synthesize.validators import VALIDATORS
 from distill.synthesize.work import Synthesis
 from foundation.dataio import write_jsonl
+from foundation.filters import Script
 from foundation.report import Report
 from foundation.settings import StageSettings
 from foundation.stage import Figures, Inputs, many, one

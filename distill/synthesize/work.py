@@ -18,12 +18,12 @@ from typing import Any, TextIO
 from distill.synthesize import shape
 from distill.synthesize.asks import Ask, Reply, Teacher, seed_of
 from distill.synthesize.duplicates import NearDuplicates
-from distill.synthesize.filters import text_filter
 from distill.synthesize.ledger import Ledger
 from distill.synthesize.plan import Plan, Record, Task
 from distill.synthesize.template import ANSWER
 from foundation.dataio import Message
 from foundation.errors import ModelError, StopRequested
+from foundation.filters import text_filter
 from foundation.report import Report, stop_if_asked
 from foundation.stage import Figures
 

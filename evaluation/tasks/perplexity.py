@@ -50,7 +50,7 @@ def make(name: str, records: Sequence[Record], writer: Writer) -> Perplexity:
 
     def write(record: Record) -> list[Row]:
         if "messages" in record:
-            return [writer.conversation(record["messages"])]
+            return writer.conversation(record["messages"])
         tokenizer = writer.tokenizer
         rows = windows(tokenizer.encode(record["text"]), tokenizer.boundary_id, writer.max_tokens)
         if not rows:

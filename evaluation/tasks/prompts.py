@@ -52,7 +52,7 @@ class Writer:
         Raises InputError when the tokenizer makes no token of it.
         """
         if "messages" in record:
-            ids, labels = self.chat.encode([*record["messages"], {"role": "assistant", "content": text}])
+            ids, labels = self.chat.encode([*record["messages"], {"role": "assistant", "content": text}])[-1]
             last = max((place for place, label in enumerate(labels) if label == IGNORED), default=0)
             labels[:last] = [IGNORED] * last  # earlier turns of the assistant are part of the prompt
         else:
@@ -66,9 +66,9 @@ class Writer:
             raise nothing_of(text)
         return row(ids, labels)
 
-    def conversation(self, messages: list[Message]) -> Row:
-        """The row of a whole conversation, labels on all of the assistant's tokens."""
-        return row(*self.chat.encode(messages))
+    def conversation(self, messages: list[Message]) -> list[Row]:
+        """The rows of a whole conversation, labels on all of the assistant's tokens."""
+        return [row(*encoded) for encoded in self.chat.encode(messages)]
 
     def fitting(
         self, name: str, records: Sequence[Record], write: Callable[[Record], list[Row]]
@@ -100,16 +100,10 @@ class Writer:
             )
 
     def stop_ids(self, *, chat: bool) -> frozenset[int]:
-        """What ends an answer: the tokens that end a document or, with `chat`, a turn.
-
-        The latter is read from the template's own words: eos alone is not it in every model (Gemma).
-        """
-        ends = {self.tokenizer.boundary_id, self.tokenizer.eos_id}
+        """What ends an answer: the tokens that end a document or, with `chat`, a turn."""
         if chat:
-            ids = self.chat.encode(
-                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            ).ids
-            ends |= {ids[-1]} & set(self.tokenizer.special_tokens.values())
+            return self.chat.end_ids
+        ends = (self.tokenizer.boundary_id, self.tokenizer.eos_id)
         return frozenset(end for end in ends if end is not None)
 
 

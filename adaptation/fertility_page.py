@@ -1,0 +1,104 @@
+"""report.md of a vocabulary: the page that a person reads, made of report.json alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Found = dict[str, Any]
+ABOUT = {
+    "extension": "The base's tokens keep their ids; new tokens follow.",
+    "substitution": "A new vocabulary: of the base's only bytes or characters and control tokens are left.",
+    "optimised": "The base's tokens that the corpus does not use are gone; the others moved together.",
+}
+
+
+def page(found: Found) -> str:
+    """The Markdown of report.json's content."""
+    parts = [
+        f"# Vocabulary: {found['mode']}",
+        f"{ABOUT[found['mode']]} Words were proposed by SentencePiece's {found['trainer']} model.",
+        _sizes(found),
+        "## Held-out text, before and after",
+        _held(found["held"]),
+        "A word is what stands between white space. The share of words in one token looks at words without the "
+        "marks around them, where they stand in their lines.",
+        _words(found["held"]["words"]),
+        "## Whole lines",
+        *(_line(line) for line in found["held"]["lines"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sizes(found: Found) -> str:
+    sizes, words = found["vocabulary"], found["words"]
+    rows = {
+        "tokens before": sizes["before"],
+        "tokens after": sizes["after"],
+        "of them old": sizes["kept"],
+        "of them new": sizes["added"],
+        "old tokens left out": sizes["dropped"],
+        "words that became one token": words["taken"],
+        "words that the corpus supports": words["supported"],
+        **{f"pieces dropped: {why}": count for why, count in words["dropped"].items()},
+        "lines learnt from": found["lines_learnt_from"],
+    }
+    return _table(["", ""], [[name, f"{count:,}"] for name, count in rows.items()])
+
+
+def _held(held: Found) -> str:
+    rows = []
+    for name, row in [("all", held["all"]), *((row["file"], row) for row in held["files"])]:
+        cells = [name, f"{row['lines']:,}", f"{row['words']:,}"]
+        for figure, digits in (("tokens_per_word", 3), ("characters_per_token", 3), ("words_in_one_token", 1)):
+            cells += [_number(row[when][figure], digits) for when in ("before", "after")]
+        rows.append(cells)
+    head = ["file", "lines", "words", "tokens per word", "after", "characters per token", "after",
+            "words in one token", "after"]  # fmt: skip
+    return _table(head, rows)
+
+
+def _words(words: Found) -> str:
+    parts = [
+        "## Words",
+        f"{words['different']:,} different words were held out; {words['improved']:,} are shorter now, "
+        f"{words['worsened']:,} are longer.",
+    ]
+    for title, key in (
+        ("Most improved", "most_improved"),
+        ("Least improved of those that were cut before", "least_improved"),
+        ("Worsened", "most_worsened"),
+    ):
+        if listed := words[key]:
+            rows = [
+                [row["word"], str(row["times"]), " ".join(row["before"]), " ".join(row["after"])]
+                for row in listed
+            ]
+            parts += [f"### {title}", _table(["word", "times", "before", "after"], rows)]
+    return "\n\n".join(parts)
+
+
+def _line(line: Found) -> str:
+    said = [f"> {_inline(line['line'])}", ""]
+    said += [f"- {when}, {len(line[when])}: {_inline(' '.join(line[when]))}" for when in ("before", "after")]
+    return "\n".join(said)
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "none"
+    return f"{100 * value:.1f} %" if digits == 1 else f"{value:.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column stands at the left."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *[[_inline(cell) for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _inline(text: str) -> str:
+    """`text` as one line of Markdown that makes no cell, link, picture or tag of what a corpus holds."""
+    line = " ".join(text.split())
+    for mark in "\\|<`[]*_#":
+        line = line.replace(mark, f"\\{mark}")
+    return line
