@@ -1,138 +1,157 @@
 """Learned embedding propagation: carry new embeddings from an adapted base model to its instruct model.
 
-Source: LEP (arXiv 2412.21140). The base model was extended and its embeddings trained; the instruct model is
-another descendant of the same base. Rows are embeddings, and E_new = E_donor @ P, where P is fitted, in fp64,
-to lead from the base's rows to the instruct model's:
+Source: LEP (arXiv 2412.21140). The base model was given another vocabulary (extended, substituted, optimised)
+and trained; the instruct model is another descendant of the same base. Rows are embeddings, and
+E_new = E_adapted @ P, where P is fitted, in fp64, to lead from the base's rows to the instruct model's:
 
     swap        P = I
     overlap     A, B = rows of base and instruct for the tokens of both vocabularies
     conversion  A, B = T @ base, T @ instruct; T averages the old pieces of each token of the new vocabulary
-                (the row of an old token is its own; paper, eq. 13-14)
+                (the row of a token that stayed is its own; paper, eq. 13-14)
 
 Input embeddings and LM head are fitted apart, tied ones once. Then the rows of added (control) tokens are
-taken from the instruct model. Every other tensor is the instruct model's: changes of the donor's layers are
-not carried.
+taken from the instruct model. Every other tensor is the instruct model's, plus a share of what training
+changed in the adapted base: LoRA deltas of its layers, which the paper scales by 1 / alpha_scale.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from adaptation.embeddings import added_tokens
+from adaptation.ids import follow_ids, write_generation_config
 from adaptation.least_squares import Fit, fit
-from adaptation.pieces import BLOCK_ROWS, averages, old_pieces
-from adaptation.tokenizer_json import TokenizerJson
+from adaptation.pieces import BLOCK_ROWS, added_tokens, averages, kept, token_map
+from adaptation.tokenizer_json import TokenizerJson, renumbered
+from adaptation.weights import HEAD_BIAS, Matrix, Model
 from foundation.errors import ModelError
 from foundation.model import read_config
 from foundation.report import Report, stop_if_asked
 from foundation.settings import StageSettings
 from foundation.stage import Figures, Inputs, one
-from foundation.tensors import HEAD, TensorFiles, write_config, write_tensors
+from foundation.tensors import HEAD, write_config, write_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Matrix = Literal["embeddings", "head"]
+FIT_ROWS = 4096  # rows of a block of the fit, or twice the width where that is more
+BLOCK_NUMBERS = 2**24  # of a layer, carried at once
+SHARD_BYTES = 2**30  # of the model written: tensors are held until a shard is full, and the fit needs the room
 
 
 class Settings(StageSettings):
-    """How the projection is fitted."""
+    """How the projection is fitted, and what becomes of the adapted base's layers."""
 
     method: Literal["swap", "overlap", "conversion"] = Field(
         "conversion", description="what the projection is fitted to; conversion was best or tied in the paper"
     )
+    layers_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the changes in the adapted base's layers that is added to the instruct model's "
+        "(1 / alpha_scale of the paper); 0 carries embeddings alone",
+    )
 
 
 @dataclass(frozen=True)
-class Model:
-    """One of the three: its folder, its tokenizer and its tensors."""
+class Three:
+    """The models, known to fit together, and which rows belong to which."""
 
-    folder: Path
-    tokenizer: TokenizerJson
-    files: TensorFiles
+    base: Model
+    adapted: Model
+    instruct: Model
 
     @classmethod
-    def read(cls, folder: Path) -> Model:
-        """Raises ModelError when a token has no row."""
-        model = cls(folder, TokenizerJson.read(folder), TensorFiles(folder))
-        rows = model.files.shape(model.files.embedding())[0]
-        if rows < model.tokenizer.size:
-            raise ModelError(f"{folder}: {rows} rows of embeddings for {model.tokenizer.size} tokens")
-        return model
+    def of(cls, inputs: Inputs) -> Three:
+        """Raises ModelError, naming all that differs, unless the three can be one family."""
+        three = cls(*(Model.read_folder(one(inputs, role)) for role in ("base", "adapted", "instruct")))
+        check_tokenizers(three.base.tokenizer, three.adapted.tokenizer, three.instruct.tokenizer)
+        _check_matrices(three)
+        return three
+
+    def rows_of(self, method: str) -> list[list[int]]:
+        """Rows of base and instruct whose averages the projection is fitted to."""
+        new, old = self.adapted.tokenizer, self.base.tokenizer
+        if method == "conversion":
+            return [ids for ids in token_map(new, old) if ids]
+        return [[i] for i in sorted(set(kept(new, old).values()))]
+
+    def control(self) -> dict[int, int]:
+        """Row of adapted -> row of instruct, for the added tokens of both."""
+        ours, theirs = (added_tokens(model.tokenizer) for model in (self.adapted, self.instruct))
+        return {ours[token]: i for token, i in theirs.items() if token in ours}
+
+
+@dataclass
+class Change:
+    """What training changed in the adapted base's layers."""
+
+    names: list[str] = field(default_factory=list)
+    squares: float = 0.0  # of the change
+    whole: float = 0.0  # of base
 
     @property
-    def hidden(self) -> int:
-        return self.files.shape(self.files.embedding())[1]
-
-    @cached_property
-    def own_head(self) -> bool:
-        """True when the LM head is another matrix than the input embeddings; a tied one may be stored too."""
-        import torch
-
-        return HEAD in self.files and not torch.equal(self.matrix("head"), self.matrix("embeddings"))
-
-    def matrix(self, which: Matrix) -> Tensor:
-        """Input embeddings or LM head.  # [V, D]"""
-        return self.files.read(HEAD if which == "head" else self.files.embedding())
+    def relative(self) -> float:
+        """||adapted - base|| / ||base||."""
+        return (self.squares / self.whole) ** 0.5 if self.whole else 0.0
 
 
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
     """Give `instruct` the vocabulary of `adapted`, a descendant of `base`; writes out/model."""
-    base, adapted, instruct = (Model.read(one(inputs, role)) for role in ("base", "adapted", "instruct"))
-    added = check_tokenizers(base.tokenizer, adapted.tokenizer, instruct.tokenizer)
-    _check_matrices(base, adapted, instruct)
-    _note_other_layers(base, adapted, report)
-    pieces = [[i] for i in sorted(set(base.tokenizer.vocab.values()))]
-    if settings.method == "conversion":
-        pieces += old_pieces(added.values(), base.tokenizer)
-    control = control_ids(adapted.tokenizer, instruct.tokenizer)
-    figures: Figures = {
-        "embedding_rows": adapted.files.shape(adapted.files.embedding())[0],
-        "control_rows": len(control),
-    }
+    three = Three.of(inputs)
+    adapted, instruct = three.adapted, three.instruct
+    layers = _layers(three, settings.layers_share)
+    config = follow_ids(read_config(instruct.folder), instruct.tokenizer, adapted.tokenizer)
+    control = three.control()
+    change, figures = Change(), Figures(embedding_rows=adapted.shape[0], control_rows=len(control))
 
     def propagated(which: Matrix) -> Tensor:
-        donor, target = adapted.matrix(which), instruct.matrix(which)
-        rows = donor.to(target.dtype, copy=True)
+        target = instruct.matrix(which)
+        projection = None
         if settings.method != "swap":
-            fitted = fit(_blocks(pieces, base.matrix(which), target))
-            _tell(fitted, which, donor.shape[1], report, figures)
-            rows = project(donor, fitted.projection, target.dtype)
-        rows[control] = target[control]
+            fitted = _fitted(three, which, settings.method, out / ".work", report)
+            _tell(fitted, which, report, figures)
+            projection = fitted.projection
+        rows = project(adapted.matrix(which), projection, target.dtype)
+        rows[list(control)] = target[list(control.values())]
         return rows
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for done, (name, tensor) in enumerate(instruct.files.items(), start=1):
+        for done, name in enumerate(instruct.files, start=1):
             stop_if_asked(report)
             if name == instruct.files.embedding():
-                tensor = propagated("embeddings")
+                yield name, propagated("embeddings")
             elif name == HEAD:
-                tensor = propagated("head" if instruct.own_head else "embeddings")
-            yield name, tensor
+                yield name, propagated("head" if instruct.own_head else "embeddings")
+            elif name in layers:
+                yield name, carried(name, three, settings.layers_share, change)
+            else:
+                yield name, instruct.read(name)
             report.progress(done, len(instruct.files), "tensor")
 
     folder = out / "model"
-    write_tensors(folder, tensors())
-    write_config(folder, read_config(instruct.folder), int(figures["embedding_rows"]))
+    write_tensors(folder, tensors(), SHARD_BYTES)
+    write_config(folder, config, adapted.shape[0])
     _write_tokenizer(adapted.tokenizer, instruct.tokenizer, folder)
-    if (instruct.folder / "generation_config.json").is_file():
-        shutil.copyfile(instruct.folder / "generation_config.json", folder / "generation_config.json")
-    return figures
+    write_generation_config(instruct.folder, folder, instruct.tokenizer, adapted.tokenizer)
+    if change.names and not settings.layers_share:
+        report.note(
+            f"adapted differs from base in {len(change.names)} of {len(layers)} other tensors "
+            f"({change.names[0]}, ...): only embeddings are propagated, those changes are left behind; "
+            "layers_share carries them"
+        )
+    return figures | {"layers_changed": len(change.names), "layers_change": change.relative}
 
 
-def check_tokenizers(base: TokenizerJson, adapted: TokenizerJson, instruct: TokenizerJson) -> dict[int, str]:
-    """Id -> token of what `adapted` has beyond `base`.
-
-    Raises ModelError, naming all that differs, unless `instruct` has `base`'s vocabulary and `adapted`
-    extends it.
+def check_tokenizers(base: TokenizerJson, adapted: TokenizerJson, instruct: TokenizerJson) -> None:
+    """Raise ModelError, naming all that differs, unless `instruct` cuts text as `base` does, and `adapted` has
+    every control token of `instruct`.
     """
     problems = []
     differing = sorted(
@@ -142,41 +161,79 @@ def check_tokenizers(base: TokenizerJson, adapted: TokenizerJson, instruct: Toke
         problems.append(f"base and instruct differ in {len(differing)} tokens, among them {differing[:3]}")
     if base.merges != instruct.merges:
         problems.append("base and instruct differ in their merges")
-    rest = iter(adapted.merges)
-    if not all(merge in rest for merge in base.merges):
-        problems.append("adapted lacks merges of base, or has them in another order")
-    for other, name in ((instruct, "instruct"), (adapted, "adapted")):
-        for part in ("normalizer", "pre_tokenizer"):
-            if base.content.get(part) != other.content.get(part):
-                problems.append(f"base and {name} differ in their {part}")
+    for part in ("normalizer", "pre_tokenizer"):
+        if base.content.get(part) != instruct.content.get(part):
+            problems.append(f"base and instruct differ in their {part}")
+    if lacking := sorted(added_tokens(instruct).keys() - added_tokens(adapted).keys()):
+        problems.append(f"adapted lacks {len(lacking)} control tokens of instruct, among them {lacking[:3]}")
     if problems:
         raise ModelError(
             "; ".join(problems),
-            hint="base and instruct must be of one family, and adapted an extension of that base",
+            hint="base and instruct must be of one family, and adapted made from that base; where only control "
+            "tokens differ, adaptation.embeddings gives base the instruct model's tokenizer: adapt that one",
         )
-    return added_tokens(base, adapted)
 
 
-def control_ids(adapted: TokenizerJson, instruct: TokenizerJson) -> list[int]:
-    """Ids of the added tokens that both have, sorted."""
-    return sorted({t["id"] for t in adapted.added} & {t["id"] for t in instruct.added})
-
-
-def project(matrix: Tensor, projection: Tensor, dtype: torch.dtype) -> Tensor:
-    """`matrix` @ `projection`, multiplied in fp64, returned in `dtype`.  # [V, D]"""
+def project(matrix: Tensor, projection: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`matrix` @ `projection` (None: the identity), multiplied in fp64, returned in `dtype`.  # [V, D]"""
     import torch
 
-    return torch.cat([(block.double() @ projection).to(dtype) for block in matrix.split(BLOCK_ROWS)])
+    out = torch.empty(len(matrix), (matrix if projection is None else projection).shape[1], dtype=dtype)
+    for start in range(0, len(matrix), BLOCK_ROWS):
+        block = matrix[start : start + BLOCK_ROWS]
+        out[start : start + BLOCK_ROWS] = block if projection is None else block.double() @ projection
+    return out
 
 
-def _blocks(pieces: list[list[int]], old: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Row blocks of (T @ old, T @ target)."""
-    for start in range(0, len(pieces), BLOCK_ROWS):
-        block = pieces[start : start + BLOCK_ROWS]
-        yield averages(old, block), averages(target, block)
+def carried(name: str, three: Three, share: float, change: Change) -> Tensor:
+    """instruct + share * (adapted - base) of one tensor, in fp64, rounded once; `change` takes note."""
+    base, adapted, instruct = (
+        model.read(name).flatten() for model in (three.base, three.adapted, three.instruct)
+    )
+    out = instruct.clone() if share else instruct
+    squares = 0.0
+    for start in range(0, len(base), BLOCK_NUMBERS):
+        part = slice(start, start + BLOCK_NUMBERS)
+        old = base[part].double()
+        delta = adapted[part].double() - old
+        squares += float(delta.square().sum())
+        change.whole += float(old.square().sum())
+        if share:
+            out[part] = (instruct[part].double() + share * delta).to(out.dtype)
+    if not squares:
+        return three.instruct.read(name)
+    change.names.append(name)
+    change.squares += squares
+    return out.reshape(three.instruct.files.shape(name))
 
 
-def _tell(fitted: Fit, which: Matrix, hidden: int, report: Report, figures: Figures) -> None:
+def _fitted(three: Three, which: Matrix, method: str, work: Path, report: Report) -> Fit:
+    """The fit, or what a run that was killed had fitted."""
+    path = work / f"{which}.safetensors"
+    if path.is_file():
+        return Fit.read(path)
+    base, instruct, rows = three.base.matrix(which), three.instruct.matrix(which), three.rows_of(method)
+    most = max(FIT_ROWS, 2 * base.shape[1])
+    if not rows:
+        raise ModelError(
+            "adapted and base have no token in common", hint="use method = 'conversion', or another base"
+        )
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(rows), most):
+            stop_if_asked(report)
+            block = rows[start : start + most]
+            yield averages(base, block), averages(instruct, block)
+            report.progress(min(len(rows), start + most), len(rows), f"row of {which}")
+
+    fitted = fit(blocks())
+    work.mkdir(parents=True, exist_ok=True)
+    fitted.write(path)
+    return fitted
+
+
+def _tell(fitted: Fit, which: Matrix, report: Report, figures: Figures) -> None:
+    hidden = len(fitted.projection)
     figures[f"residual_{which}"] = fitted.residual
     figures[f"condition_{which}"] = fitted.condition
     if fitted.rank < hidden:
@@ -185,11 +242,27 @@ def _tell(fitted: Fit, which: Matrix, hidden: int, report: Report, figures: Figu
         )
 
 
-def _check_matrices(base: Model, adapted: Model, instruct: Model) -> None:
-    sizes = {name: m.hidden for name, m in (("base", base), ("adapted", adapted), ("instruct", instruct))}
-    if len(set(sizes.values())) > 1:
-        raise ModelError(f"hidden sizes differ: {sizes}", hint="base and instruct must be of one size")
-    heads = {name: m.own_head for name, m in (("base", base), ("adapted", adapted), ("instruct", instruct))}
+def _check_matrices(three: Three) -> None:
+    models = {"base": three.base, "adapted": three.adapted, "instruct": three.instruct}
+    if three.base.shape != three.instruct.shape:
+        raise ModelError(
+            f"embeddings of base are {list(three.base.shape)}, of instruct {list(three.instruct.shape)}",
+            hint="base and instruct must be of one size; where only rows differ, adaptation.embeddings gives "
+            "base the instruct model's tokenizer",
+        )
+    if three.adapted.shape[1] != three.base.shape[1]:
+        raise ModelError(
+            f"embeddings of base are {list(three.base.shape)}, of adapted {list(three.adapted.shape)}: "
+            "another width",
+            hint="adapted must be made from this base",
+        )
+    biased = [name for name, model in models.items() if HEAD_BIAS in model.files]
+    if biased:
+        raise ModelError(
+            f"{', '.join(biased)}: the head has a bias ({HEAD_BIAS}); propagation is defined for rows alone",
+            hint="give the instruct model its vocabulary with adaptation.embeddings, and train on",
+        )
+    heads = {name: model.own_head for name, model in models.items()}
     if len(set(heads.values())) > 1:
         raise ModelError(
             "an LM head of its own: "
@@ -198,29 +271,35 @@ def _check_matrices(base: Model, adapted: Model, instruct: Model) -> None:
         )
 
 
-def _note_other_layers(base: Model, adapted: Model, report: Report) -> None:
-    """Say when training changed more of the donor than its vocabulary matrices."""
-    import torch
+def _layers(three: Three, share: float) -> set[str]:
+    """Names of the tensors beside the vocabulary's, in floating point, that all three have in one shape.
 
-    ours = {base.files.embedding(), adapted.files.embedding(), HEAD}
-    names = sorted((set(base.files) | set(adapted.files)) - ours)
-    changed = [
-        name
-        for name in names
-        if name not in base.files
-        or name not in adapted.files
-        or not torch.equal(base.files.read(name).double(), adapted.files.read(name).double())
-    ]
-    if changed:
-        report.note(
-            f"adapted differs from base in {len(changed)} of {len(names)} other tensors ({changed[0]}, ...): "
-            "only embeddings are propagated, those changes are left behind"
+    Raises ModelError where changes are to be carried and the others are not none.
+    """
+    models = (three.base, three.adapted, three.instruct)
+    vocabulary = {HEAD, *(model.files.embedding() for model in models)}
+    names = set().union(*(model.files for model in models)) - vocabulary
+    odd = {}
+    for name in sorted(names):
+        shapes = [model.files.shape(name) if name in model.files else None for model in models]
+        if len(set(shapes)) > 1:
+            odd[name] = ", ".join("none" if shape is None else str(list(shape)) for shape in shapes)
+    if odd and share:
+        first = next(iter(odd))
+        raise ModelError(
+            f"{len(odd)} tensors differ in shape between base, adapted and instruct: {first} is {odd[first]}",
+            hint="changes of layers can be carried between models of one architecture; or layers_share = 0",
         )
+    return {n for n in names - odd.keys() if three.instruct.files.dtype(n).startswith(("F", "BF"))}
 
 
 def _write_tokenizer(adapted: TokenizerJson, instruct: TokenizerJson, folder: Path) -> None:
     """The adapted vocabulary under the instruct model's control tokens, template and configuration."""
-    kept = {
-        part: instruct.content[part] for part in ("added_tokens", "post_processor") if part in instruct.content
+    ids = adapted.vocab
+    control = {t["id"]: t for t in adapted.added} | {
+        ids[t["content"]]: t | {"id": ids[t["content"]]} for t in instruct.added
     }
-    TokenizerJson(instruct.folder, adapted.content | kept).write(folder)
+    kept_parts = {"added_tokens": [control[i] for i in sorted(control)]}
+    if "post_processor" in instruct.content:
+        kept_parts["post_processor"] = renumbered(instruct.content["post_processor"], ids)
+    TokenizerJson(instruct.folder, adapted.content | kept_parts).write(folder)

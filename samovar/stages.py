@@ -159,9 +159,10 @@ KINDS: Mapping[str, Kind] = {
     ),
     "adaptation.embeddings": _kind(
         "adaptation.embeddings",
-        "give a model the embeddings of an extended tokenizer",
+        "give a model the embeddings of another vocabulary",
         reads={"model": "one", "tokenizer": "one"},
         writes={"model": "model"},
+        version=2,
     ),
     "adaptation.pretrain": _kind(
         "adaptation.pretrain",
@@ -177,6 +178,7 @@ KINDS: Mapping[str, Kind] = {
         "carry an adapted base model's vocabulary over to its instruction-tuned sibling",
         reads={"base": "one", "adapted": "one", "instruct": "one"},
         writes={"model": "model"},
+        version=2,
     ),
     "adaptation.calibrate": _kind(
         "adaptation.calibrate",

@@ -12,29 +12,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from other_vocabularies import KINDS, Kind, before, new_vocabulary
 from safetensors.numpy import load_file
 from tiny import tiny_model
 
-from adaptation import embeddings
-from adaptation.least_squares import fit
+from adaptation import embeddings, propagate
+from adaptation.least_squares import Fit, fit
 from adaptation.propagate import Settings, project, run
-from adaptation.tokenizer_json import TokenizerJson, from_byte_level, to_byte_level
-from adaptation.vocabulary import extend
-from foundation.errors import ModelError
+from adaptation.tokenizer_json import TokenizerJson
+from foundation.errors import ModelError, StopRequested
 from foundation.model import load
 from foundation.report import Silent
 from foundation.tensors import HEAD, TensorFiles, write_tensors
 from foundation.tokenizer import Tokenizer
 
 EMBED = "model.embed_tokens.weight"
-WORDS = ("штурман", " штурман", " ёжик", "объясняет")
-CONTROL = 3  # ids 0, 1, 2 are the ChatML tokens of the tiny tokenizer
+LAYER = "model.layers.0.mlp.up_proj.weight"
+CONTROL = 3  # ids 0, 1, 2 are the ChatML tokens of the tiny tokenizer; an extension leaves them there
 
 
 def change(folder: Path, source: Path, **edits: Any) -> Path:
     """A copy of the model `source`, with tensors replaced by function: edits[name](old)."""
     shutil.copytree(source, folder)
-    names = {"embed": EMBED, "head": HEAD, "layer": "model.layers.0.mlp.up_proj.weight"}
+    names = {"embed": EMBED, "head": HEAD, "layer": LAYER}
     weights = dict(TensorFiles(source).items())
     for short, edit in edits.items():
         weights[names[short]] = edit(weights[names[short]])
@@ -49,12 +49,17 @@ def noise(scale: float, seed: int) -> Any:
 class Family:
     """A base, its adapted descendant with trained embeddings, and an instruct model."""
 
-    def __init__(self, folder: Path, *, tied: bool = True, instruct: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: Kind = "extension",
+        tied: bool = True,
+        instruct: dict[str, Any] | None = None,
+    ) -> None:
         self.out = folder / "out"
         self.base = tiny_model(folder / "base", tie_word_embeddings=tied)
-        tokenizer = folder / "tokenizer"
-        base = TokenizerJson.read(self.base)
-        extend(base, {to_byte_level(word): 3 for word in WORDS}, []).write(tokenizer)
+        tokenizer = new_vocabulary(kind, self.base, folder / "tokenizer")
         grown = folder / "grown"
         embeddings.run(embeddings.Settings(), {"model": self.base, "tokenizer": tokenizer}, grown, Silent())
         heads: dict[str, Any] = {} if tied else {"head": noise(0.01, 2)}
@@ -63,10 +68,16 @@ class Family:
         edits = {"embed": noise(0.02, 3), "layer": noise(0.1, 5), **heads} if instruct is None else instruct
         self.instruct = change(folder / "instruct", self.base, **edits)
 
-    def run(self, method: str = "conversion") -> tuple[dict[str, np.ndarray], dict[str, Any], Silent]:
+    @property
+    def inputs(self) -> dict[str, Path]:
+        return {"base": self.base, "adapted": self.adapted, "instruct": self.instruct}
+
+    def run(
+        self, method: str = "conversion", **chosen: Any
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any], Silent]:
         report = Silent()
-        inputs = {"base": self.base, "adapted": self.adapted, "instruct": self.instruct}
-        figures = run(Settings(method=method), inputs, self.out, report)  # type: ignore[arg-type]
+        figures = run(Settings(method=method, **chosen), self.inputs, self.out, report)  # type: ignore[arg-type]
+        shutil.rmtree(self.out / ".work", ignore_errors=True)  # as the runner does
         return load_file(self.out / "model" / "model.safetensors"), figures, report
 
 
@@ -75,45 +86,51 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def dense_t(family: Family) -> np.ndarray:
-    """T [V_new, V_old] of the paper, written out: each new token's text, encoded by the old tokenizer."""
-    new, old = TokenizerJson.read(family.adapted), TokenizerJson.read(family.base)
-    by_id = {i: token for token, i in new.vocab.items()}
-    model, encode = old.backend().model, Tokenizer(family.base).encode
-    t = np.zeros((new.size, old.size))
-    for i in range(new.size):
-        raw = from_byte_level(by_id[i]) if i >= old.size else b""
-        try:
-            ids = encode(raw.decode()) or [i]
-        except UnicodeDecodeError:  # half a character: no text that could be encoded
-            ids = [piece.id for piece in model.tokenize(by_id[i])]
+    """T [V_new, V_old] of the paper, written out: what a naive BPE of the base makes of each new token."""
+    pieces = before(family.adapted, family.base)
+    t = np.zeros((len(pieces), 400))
+    for i, ids in pieces.items():
         for piece in ids:
             t[i, piece] += 1 / len(ids)
     return t
+
+
+def spellings(folder: Path) -> dict[str, int]:
+    vocab: dict[str, int] = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    return vocab
 
 
 # ----------------------------------------------------------------------------------------------- algebra
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["swap", "overlap", "conversion"])
-def test_rows_are_those_of_the_papers_equations(tmp_path: Path, tied: bool, method: str) -> None:
-    family = Family(tmp_path, tied=tied)
+def test_rows_are_those_of_the_papers_equations(tmp_path: Path, tied: bool, kind: Kind, method: str) -> None:
+    family = Family(tmp_path, kind=kind, tied=tied)
     made, figures, _ = family.run(method)
     t = dense_t(family)
+    new, old = spellings(family.adapted), spellings(family.base)
+    both = [i for token, i in old.items() if token in new]
+    control = {token: i for token, i in old.items() if i < CONTROL}
     for name, figure in [(EMBED, "embeddings")] + ([] if tied else [(HEAD, "head")]):
         base, donor, instruct = (
             weights(m)[name].astype(np.float64) for m in (family.base, family.adapted, family.instruct)
         )
-        a, b = {"swap": (None, None), "overlap": (base, instruct), "conversion": (t @ base, t @ instruct)}[
-            method
-        ]
+        a, b = {
+            "swap": (None, None),
+            "overlap": (base[both], instruct[both]),
+            "conversion": (t @ base, t @ instruct),
+        }[method]
         p = np.eye(32) if a is None else np.linalg.lstsq(a, b, rcond=None)[0]
         expected = donor @ p
-        expected[:CONTROL] = instruct[:CONTROL]
+        for token, i in control.items():
+            expected[new[token]] = instruct[i]
         np.testing.assert_allclose(made[name], expected, rtol=2e-6, atol=1e-8)
         if a is not None:
             assert figures[f"residual_{figure}"] == pytest.approx(np.linalg.norm(a @ p - b) / np.linalg.norm(b))
             assert figures[f"condition_{figure}"] == pytest.approx(np.linalg.cond(a))
+    assert figures["control_rows"] == CONTROL and figures["embedding_rows"] == len(new) == len(made[EMBED])
     assert ("residual_head" in figures) == (not tied and method != "swap")
 
 
@@ -152,6 +169,63 @@ def test_blockwise_fit_is_lstsq_nearest_to_identity(width: int, sizes: list[int]
     np.testing.assert_allclose(found.projection.numpy(), expected, rtol=1e-6, atol=1e-6 * np.linalg.cond(a))
     assert found.residual == pytest.approx(np.linalg.norm(a @ expected - b) / np.linalg.norm(b), abs=1e-9)
     assert found.rank == np.linalg.matrix_rank(a)
+
+
+@pytest.mark.parametrize("digits", [2, 6, 10])
+def test_the_fit_loses_no_more_digits_than_the_rows_do(digits: int) -> None:
+    """Against Gram-Schmidt in extended precision: an error within cond(A) * eps, where the normal equations,
+    which square the condition number, have none left at 10 digits.
+    """
+    dice = np.random.default_rng(digits)
+    a = (
+        dice.normal(size=(60, 8))
+        @ np.diag(np.logspace(0, -digits, 8))
+        @ np.linalg.qr(dice.normal(size=(8, 8)))[0]
+    )
+    b = a @ dice.normal(size=(8, 8)) + 1e-12 * dice.normal(size=(60, 8))
+    found = fit((torch.from_numpy(a[i : i + 7]), torch.from_numpy(b[i : i + 7])) for i in range(0, 60, 7))
+    exact = least_squares_in_extended_precision(a, b)
+    allowed = 50 * np.linalg.cond(a) * np.finfo(float).eps
+    assert np.linalg.norm(found.projection.numpy() - exact) <= allowed * np.linalg.norm(exact)
+    assert found.condition == pytest.approx(np.linalg.cond(a), rel=1e-3) and found.rank == 8
+    if digits == 10:
+        squared = np.linalg.pinv(a.T @ a) @ (a.T @ b)
+        assert np.linalg.norm(squared - exact) > 100 * allowed * np.linalg.norm(exact)
+
+
+def least_squares_in_extended_precision(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """argmin ||A P - B|| by modified Gram-Schmidt, each column swept twice."""
+    q, rest = a.astype(np.longdouble), b.astype(np.longdouble)
+    width = a.shape[1]
+    r, c = np.zeros((width, width), np.longdouble), np.zeros((width, b.shape[1]), np.longdouble)
+    for j in range(width):
+        for _ in range(2):
+            for i in range(j):
+                part = q[:, i] @ q[:, j]
+                r[i, j] += part
+                q[:, j] -= part * q[:, i]
+        r[j, j] = np.sqrt(q[:, j] @ q[:, j])
+        q[:, j] /= r[j, j]
+        c[j] = q[:, j] @ rest
+        rest = rest - np.outer(q[:, j], c[j])
+    for j in reversed(range(width)):
+        c[j] = (c[j] - r[j, j + 1 :] @ c[j + 1 :]) / r[j, j]
+    return c.astype(np.float64)
+
+
+def test_a_residual_of_rounding_alone_is_seen_as_one() -> None:
+    """B is A turned, exactly but for fp64: the residual is near eps, and no difference of large squares."""
+    dice = np.random.default_rng(0)
+    a, turn = dice.normal(size=(500, 16)), np.linalg.qr(dice.normal(size=(16, 16)))[0]
+    found = fit([(torch.from_numpy(a), torch.from_numpy(a @ turn))])
+    assert found.residual < 1e-14
+
+
+def test_a_fit_is_written_and_read(tmp_path: Path) -> None:
+    made = fit([(torch.randn(9, 3), torch.randn(9, 3))])
+    made.write(tmp_path / "fit")
+    read = Fit.read(tmp_path / "fit")
+    assert torch.equal(read.projection, made.projection) and read[1:] == made[1:]
 
 
 def test_directions_without_rows_stay_as_they_are() -> None:
@@ -215,11 +289,69 @@ def test_control_tokens_follow_the_instruct_model(tmp_path: Path) -> None:
     assert made.content["post_processor"] == content["post_processor"]
 
 
+@pytest.mark.parametrize("kind", ["substitution", "optimised"])
+def test_ids_follow_where_control_tokens_move(tmp_path: Path, kind: Kind) -> None:
+    """In the tokenizer, what it puts around a text, its configuration, and the model's two configurations."""
+    family = Family(tmp_path, kind=kind)
+    content = json.loads((family.instruct / "tokenizer.json").read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    (family.instruct / "tokenizer.json").write_text(json.dumps(content))
+    generation = {"eos_token_id": [2, 0], "temperature": 0.3, "suppress_tokens": [1]}
+    (family.instruct / "generation_config.json").write_text(json.dumps(generation))
+    family.run()
+    folder = family.out / "model"
+    ids = spellings(family.adapted)
+    start, end, pad = (ids[token] for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    assert len({start, end, pad} - {0, 1, 2}) == 3
+    assert load(folder).config.eos_token_id == end and load(folder).config.pad_token_id == pad
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "eos_token_id": [end, pad],
+        "temperature": 0.3,
+        "suppress_tokens": [start],
+    }
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (end, pad)
+    assert tokenizer.encode_marked("<|im_end|>") == [end]
+    assert TokenizerJson.read(folder).backend().encode("a").ids == [start, ids["a"]]
+
+
+def test_the_instruct_model_speaks_with_the_new_vocabulary(tmp_path: Path) -> None:
+    """The instruct model rotates all of its base's vectors; a swap would leave the adapted ones unrotated."""
+    turn = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(6)))[0]
+    family = Family(tmp_path, kind="substitution", instruct={"embed": lambda e: e @ turn})
+    for method, most in (("conversion", 1e-5), ("overlap", 1e-5), ("swap", 1.9)):
+        made, _, _ = family.run(method)
+        wanted = weights(family.adapted)[EMBED] @ turn.numpy()
+        off = np.linalg.norm(made[EMBED][:-CONTROL] - wanted[:-CONTROL]) / np.linalg.norm(wanted[:-CONTROL])
+        assert most / 3 < off < most if method == "swap" else off < most
+
+
+def test_added_tokens_of_the_adapted_vocabulary_stay(tmp_path: Path) -> None:
+    """A control token that only the adapted one has keeps its projected row and its place."""
+    family = Family(tmp_path)
+    path = family.adapted / "tokenizer.json"
+    content = json.loads(path.read_text())
+    new = max(content["model"]["vocab"].values())
+    token = next(t for t, i in content["model"]["vocab"].items() if i == new)
+    content["added_tokens"].append(content["added_tokens"][0] | {"content": token, "id": new, "special": False})
+    path.write_text(json.dumps(content))
+    _, figures, _ = family.run()
+    assert figures["control_rows"] == CONTROL
+    assert TokenizerJson.read(family.out / "model").added == content["added_tokens"]
+
+
 def test_the_instruct_models_dtype_is_kept(tmp_path: Path) -> None:
     family = Family(tmp_path)
     write_tensors(family.instruct, {n: t.bfloat16() for n, t in TensorFiles(family.instruct).items()}.items())
-    inputs = {"base": family.base, "adapted": family.adapted, "instruct": family.instruct}
-    run(Settings(), inputs, family.out, Silent())
+    run(Settings(), family.inputs, family.out, Silent())
     made = TensorFiles(family.out / "model")
     assert {made.dtype(name) for name in made} == {"BF16"}
 
@@ -235,11 +367,85 @@ def test_a_stored_tied_head_is_projected_too(tmp_path: Path) -> None:
 def test_changed_layers_of_the_donor_are_reported(tmp_path: Path) -> None:
     family = Family(tmp_path)
     family.adapted = change(tmp_path / "trained", family.adapted, layer=noise(0.1, 9))
-    _, _, report = family.run()
+    made, figures, report = family.run()
     assert len(report.notes) == 1
     assert report.notes[0].startswith(
         "adapted differs from base in 1 of 28 other tensors (model.layers.0.mlp.up_proj"
     )
+    assert np.array_equal(made[LAYER], weights(family.instruct)[LAYER])
+    base, adapted = weights(family.base), weights(family.adapted)
+    others = [name for name in base if name != EMBED]
+    squares = [
+        sum(float(np.square(m, dtype=np.float64).sum()) for m in ms)
+        for ms in ([adapted[n].astype(np.float64) - base[n] for n in others], [base[n] for n in others])
+    ]
+    assert figures["layers_changed"] == 1
+    assert figures["layers_change"] == pytest.approx((squares[0] / squares[1]) ** 0.5)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_share_of_the_layers_changes_is_carried(tmp_path: Path, share: float, dtype: torch.dtype) -> None:
+    """Summed in fp64 and rounded once, to the bit; what did not change keeps its bytes."""
+    family = Family(tmp_path, tied=False)
+    family.adapted = change(tmp_path / "trained", family.adapted, layer=noise(0.1, 9))
+    for folder in (family.base, family.adapted, family.instruct):
+        write_tensors(folder, {n: t.to(dtype) for n, t in TensorFiles(folder).items()}.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagate, "BLOCK_NUMBERS", 100)
+        report = Silent()
+        figures = run(Settings(layers_share=share), family.inputs, family.out, report)
+    base, adapted, instruct, made = (
+        dict(TensorFiles(f).items())
+        for f in (family.base, family.adapted, family.instruct, family.out / "model")
+    )
+    expected = (instruct[LAYER].double() + share * (adapted[LAYER].double() - base[LAYER].double())).to(dtype)
+    assert torch.equal(made[LAYER], expected) and not torch.equal(made[LAYER], instruct[LAYER])
+    assert all(torch.equal(made[n], instruct[n]) for n in made if n not in (EMBED, HEAD, LAYER))
+    assert figures["layers_changed"] == 1 and report.notes == []
+
+
+def test_layers_of_another_shape_can_not_be_carried(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    family.adapted = change(tmp_path / "cut", family.adapted, layer=lambda t: t[:-1])
+    family.run()  # embeddings alone do not mind
+    with pytest.raises(
+        ModelError,
+        match=r"1 tensors differ in shape .*: model.layers.0.mlp.up_proj.weight is "
+        r"\[64, 32\], \[63, 32\], \[64, 32\]",
+    ):
+        family.run(layers_share=1.0)
+
+
+def test_a_fit_outlives_a_stop(tmp_path: Path) -> None:
+    """Stopped after the first of two fits: the next start does not fit it again, and writes the same bytes."""
+    family = Family(tmp_path, tied=False)
+    family.run()
+    whole = {p.name: p.read_bytes() for p in (family.out / "model").iterdir()}
+    shutil.rmtree(family.out)
+
+    class Stopping(Silent):
+        def stop_requested(self) -> bool:
+            return (family.out / ".work" / "head.safetensors").exists()
+
+    with pytest.raises(StopRequested):
+        run(Settings(), family.inputs, family.out, Stopping())
+    kept = {p.name: p.stat().st_mtime_ns for p in (family.out / ".work").iterdir()}
+    assert kept.keys() == {"head.safetensors"}
+    run(Settings(), family.inputs, family.out, Silent())
+    assert (family.out / ".work" / "head.safetensors").stat().st_mtime_ns == kept["head.safetensors"]
+    assert whole == {p.name: p.read_bytes() for p in (family.out / "model").iterdir()}
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_blocks_of_rows_change_nothing(tmp_path: Path, rows: int) -> None:
+    family = Family(tmp_path)
+    whole, _, _ = family.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagate, "FIT_ROWS", rows)
+        patch.setattr(propagate, "BLOCK_ROWS", rows)
+        made, _, _ = family.run()
+    np.testing.assert_allclose(made[EMBED], whole[EMBED], rtol=1e-6, atol=1e-9)
 
 
 def test_a_fit_of_too_few_tokens_is_reported(tmp_path: Path) -> None:
@@ -278,30 +484,55 @@ def test_every_difference_of_the_tokenizers_is_named(tmp_path: Path) -> None:
     def swapped(vocab: dict[str, int]) -> dict[str, int]:
         return vocab | {"a": vocab["b"], "b": vocab["a"]}
 
-    edit_tokenizer(family.instruct, vocab=swapped, merges=lambda m: m[:-1])
-    edit_tokenizer(family.adapted, merges=lambda m: m[1:], normalizer=lambda _: {"type": "NFC"})
+    def without_control(vocab: dict[str, int]) -> dict[str, int]:
+        return {token: i for token, i in vocab.items() if token != "<|im_end|>"}
+
+    edit_tokenizer(
+        family.instruct, vocab=swapped, merges=lambda m: m[:-1], normalizer=lambda _: {"type": "NFC"}
+    )
+    edit_tokenizer(family.adapted, vocab=without_control, added_tokens=lambda a: a[:2])
     with pytest.raises(ModelError) as refusal:
         family.run()
     assert str(refusal.value).splitlines()[0] == (
         "base and instruct differ in 2 tokens, among them ['a', 'b']; "
         "base and instruct differ in their merges; "
-        "adapted lacks merges of base, or has them in another order; "
-        "base and adapted differ in their normalizer"
+        "base and instruct differ in their normalizer; "
+        "adapted lacks 1 control tokens of instruct, among them ['<|im_end|>']"
     )
     assert not family.out.exists()
 
 
-def test_an_adapted_model_of_another_base_is_refused(tmp_path: Path) -> None:
+def test_shapes_must_agree(tmp_path: Path) -> None:
     family = Family(tmp_path)
-    edit_tokenizer(family.adapted, vocab=lambda v: v | {"a": v["b"], "b": v["a"]})
-    with pytest.raises(ModelError, match="does not extend"):
+    whole, family.instruct = family.instruct, tiny_model(tmp_path / "wide", hidden_size=64)
+    with pytest.raises(ModelError, match=r"of base are \[400, 32\], of instruct \[400, 64\]"):
+        family.run()
+    family.instruct = change(tmp_path / "tall", whole, embed=lambda e: torch.cat([e, e[:8]]))
+    with pytest.raises(ModelError, match=r"of base are \[400, 32\], of instruct \[408, 32\]"):
+        family.run()
+    family.instruct, family.adapted = whole, tiny_model(tmp_path / "other", hidden_size=64)
+    with pytest.raises(ModelError, match=r"of base are \[400, 32\], of adapted \[400, 64\]"):
         family.run()
 
 
-def test_hidden_sizes_must_agree(tmp_path: Path) -> None:
+@pytest.mark.parametrize("role", ["base", "adapted", "instruct"])
+@pytest.mark.parametrize("place", ["embed", "layer"])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, role: str, place: str) -> None:
     family = Family(tmp_path)
-    family.instruct = tiny_model(tmp_path / "wide", hidden_size=64)
-    with pytest.raises(ModelError, match=r"hidden sizes differ: \{'base': 32, 'adapted': 32, 'instruct': 64\}"):
+
+    def spoilt(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.where(tensor == tensor.max(), torch.nan, tensor)
+
+    setattr(family, role, change(tmp_path / "spoilt", getattr(family, role), **{place: spoilt}))
+    with pytest.raises(ModelError, match=r"spoilt: model\..* holds 1 numbers that are NaN or infinite"):
+        family.run()
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    held = dict(TensorFiles(family.instruct).items())
+    write_tensors(family.instruct, [*held.items(), ("lm_head.bias", torch.zeros(400))])
+    with pytest.raises(ModelError, match="instruct: the head has a bias"):
         family.run()
 
 
