@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adaptation.ids import follow_ids, write_generation_config
 from adaptation.pieces import BLOCK_ROWS, averages, kept, token_map
@@ -49,6 +49,12 @@ class Settings(StageSettings):
     rows_multiple_of: int = Field(
         0, ge=0, le=4096, description="pad the embedding to a multiple of this many rows; 0 leaves it as it is"
     )
+
+    @model_validator(mode="after")
+    def _decay_has_an_effect(self) -> Settings:
+        if self.weighting != "exponential" and self.decay != type(self).model_fields["decay"].default:
+            raise ValueError(f"decay: no effect with weighting = {self.weighting!r}; leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     """Give `model` the vocabulary of `tokenizer`; writes out/model."""
     model, new = Model.read_folder(one(inputs, "model")), TokenizerJson.read(one(inputs, "tokenizer"))
     old, files = model.tokenizer, model.files
+    if HEAD not in files and not read_config(model.folder).get("tie_word_embeddings", True):
+        raise ModelError(
+            f"{model.folder}: no {HEAD}, but config.json says that head and embeddings are not tied",
+            hint="copy config.json and weights from the same model",
+        )
     rows = Rows.between(new, old, model.shape[0], settings.rows_multiple_of)
     config = follow_ids(read_config(model.folder), old, new)
     if settings.weighting != "random":

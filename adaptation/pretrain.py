@@ -143,6 +143,11 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         folder, settings.trains, lora, settings.base_precision, max_tokens=settings.block_tokens, report=report
     )
     held = train_rows(model, chosen) if chosen else []
+    resting = sum(  # numbers in rows that do not move
+        parameter.numel() - parameter[0].numel() * len(chosen)
+        for name, parameter in model.named_parameters()
+        if name in held
+    )
     order = _mixed(settings, parts) if settings.weights else parts[0]
     figures |= tune(model, order, loss, settings, work, report, pad_id=tokenizer.pad_id, undecayed=held)
     if is_main():
@@ -153,7 +158,9 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         refuse_not_finite(model, folder)
         save(model, folder, out / "model")
         shutil.copyfile(work / CURVES, out / CURVES)
-    return {**figures, **_means(settings, work), "rows": rows, **({"new_rows": len(chosen)} if chosen else {})}
+    if chosen:
+        figures |= {"new_rows": len(chosen), "trained_parameters": int(figures["trained_parameters"]) - resting}
+    return {**figures, **_means(settings, work), "rows": rows}
 
 
 def _packed(

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+HOPELESS = 0.85  # residual above which the two models' rows have little to do with each other
 FIT_ROWS = 4096  # rows of a block of the fit, or twice the width where that is more
 BLOCK_NUMBERS = 2**24  # of a layer, carried at once
 SHARD_BYTES = 2**30  # of the model written: tensors are held until a shard is full, and the fit needs the room
@@ -236,6 +237,11 @@ def _tell(fitted: Fit, which: Matrix, report: Report, figures: Figures) -> None:
     hidden = len(fitted.projection)
     figures[f"residual_{which}"] = fitted.residual
     figures[f"condition_{which}"] = fitted.condition
+    if fitted.residual > HOPELESS:
+        report.note(
+            f"{which}: the fit leaves {fitted.residual:.0%} of the instruct model's rows unexplained; "
+            "are base and instruct of one family?"
+        )
     if fitted.rank < hidden:
         report.note(
             f"{which}: the rows span {fitted.rank} of {hidden} dimensions; the others are left as they are"

@@ -51,6 +51,11 @@ class TokenizerJson:
             kind = content["model"].get("type", "BPE")  # files of old do not name their type
             if kind != "BPE":
                 raise ModelError(f"{path}: a {kind} tokenizer; only BPE can be extended")
+            for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+                if content["model"].get(mark):
+                    raise ModelError(f"{path}: BPE with {mark} = {content['model'][mark]!r} is not known here")
+            if not content["model"]["vocab"]:
+                raise ModelError(f"{path}: the vocabulary is empty", hint="download or make it again")
             found = cls(folder, content)
             _ = found.size, found.merges, found.family  # raises now what would be raised later
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,7 +112,11 @@ class TokenizerJson:
         return single | (self.vocab.keys() & always)
 
     def backend(self) -> Tokenizer:
-        """The tokenizers library's tokenizer of this content, made once and never set up otherwise."""
+        """The tokenizers library's tokenizer of this content, made once and never set up otherwise.
+
+        What the file says of truncation, padding and dropout is how somebody trained with it: texts that are
+        cut, or cut up at random, could not be counted.
+        """
         return self._backend
 
     @cached_property
@@ -115,9 +124,13 @@ class TokenizerJson:
         from tokenizers import Tokenizer
 
         try:
-            return Tokenizer.from_str(json.dumps(self.content))
+            made = Tokenizer.from_str(json.dumps(self.content))
         except Exception as error:  # the library raises nothing narrower
             raise ModelError(f"{self.folder}: tokenizer.json can not be used: {error}") from None
+        made.no_truncation()
+        made.no_padding()
+        made.model.dropout = None
+        return made
 
     def extended(self, tokens: list[str], merges: list[Pair]) -> TokenizerJson:
         """`tokens` under the ids from `size` on, in their order, and `merges` instead of the present ones.

@@ -34,7 +34,7 @@ from adaptation.fertility_page import page
 from adaptation.sample import Sample, check_script, draw, lines_of, names_of
 from adaptation.tokenizer_json import BYTE_TOKEN, SPACE, TokenizerJson
 from adaptation.uses import closed, count, frame, frame_words
-from adaptation.words import Words, script_characters, select, speller
+from adaptation.words import SPLIT, Words, script_characters, select, speller
 from foundation.dataio import documents
 from foundation.errors import InputError
 from foundation.files import write_atomic, write_json
@@ -91,6 +91,14 @@ class Settings(StageSettings):
             raise ValueError(f"vocab_tokens = {self.vocab_tokens} is for mode = 'substitution'; set add_tokens")
         if self.mode == "extension" and not self.add_tokens:
             raise ValueError("mode = 'extension' with add_tokens = 0 would change nothing")
+        idle = {"substitution": ("add_tokens", "script", "keep_from_uses"), "extension": ("keep_from_uses",)}
+        changed = [
+            name
+            for name in idle.get(self.mode, ())
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if changed:
+            raise ValueError(f"{', '.join(changed)}: no effect with mode = {self.mode!r}; leave it out")
         return self
 
 
@@ -101,7 +109,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     sample = draw(
         {name: lines_of(documents([file])) for name, file in named}, settings.sample_lines, settings.seed
     )
-    if settings.mode != "substitution":
+    if settings.mode != "substitution" and settings.add_tokens:
         check_script(sample.train, settings.script)
     stop_if_asked(report)
     report.progress(1, 4, "part")
@@ -157,6 +165,14 @@ def _made(
         words = select(candidates, start, None, None, report)
         return _substitute(start, words, settings.vocab_tokens, more), words
     words = select(candidates, start, settings.script, settings.add_tokens, report)
+    split = words.dropped.get(SPLIT, 0)
+    if words.supported < settings.add_tokens and split > sum(words.dropped.values()) / 2:
+        raise InputError(
+            f"add_tokens = {settings.add_tokens}, but {split} of {len(candidates)} proposed words are {SPLIT} "
+            f"before any merge, and {words.supported} are left",
+            hint="this base can not spell that script in whole words, and more text will not help; take "
+            f"another base, or set add_tokens = {words.supported}",
+        )
     if not words.taken:
         raise InputError(
             f"no word of the corpus is left to add; dropped: {words.dropped}",

@@ -11,6 +11,8 @@ from adaptation.candidates import Candidate
 from adaptation.tokenizer_json import SPACE, TokenizerJson, to_byte_level
 from foundation.report import Report
 
+SPLIT = "split by the base's pre-tokenizer"  # why a candidate is dropped
+
 
 @dataclass(frozen=True)
 class Words:
@@ -37,7 +39,7 @@ def select(
         if pattern and not pattern.fullmatch(text):
             dropped["of another script"] += 1
         elif (word := spell(text)) is None:
-            dropped["split by the base's pre-tokenizer"] += 1
+            dropped[SPLIT] += 1
         elif word in base.vocab:
             dropped["known to the base"] += 1
         elif word not in kept or kept[word].score < candidate.score:

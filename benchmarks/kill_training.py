@@ -60,7 +60,7 @@ class Training(Victim):
         from foundation.rows import chat_rows
         from foundation.tokenizer import Tokenizer
 
-        rows, _ = chat_rows(conversations([inputs / "data.jsonl"]), Tokenizer(inputs / "student"), 128)
+        rows, *_ = chat_rows(conversations([inputs / "data.jsonl"]), Tokenizer(inputs / "student"), 128)
         TopKStore(inputs / "store").columns(rows[0])
 
     def start(self, inputs: Path, kind: str, out: Path) -> None:

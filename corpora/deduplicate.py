@@ -13,6 +13,7 @@ never in memory; on disk the passes take about as much space as the corpus, unti
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from corpora.repeats import Verdicts
 
 SHOWN_CHARACTERS = 120
+LEAST_APART = 0.8  # values of two MinHashes that differ, on average, at `similarity`; below it no bands fit
 BETWEEN_LOOKS = 4096  # documents written between two questions whether to stop
 
 
@@ -61,6 +63,17 @@ class Settings(StageSettings):
         128, ge=32, le=1024, description="values in a MinHash; more find more of the pairs, and take longer"
     )
     listed: int = Field(10_000, ge=0, description="removed paragraphs told of in removed.jsonl, drawn evenly")
+
+    @model_validator(mode="after")
+    def _has_bands(self) -> Settings:
+        apart = (1 - self.similarity) * self.permutations
+        if self.similarity < 1 and apart < LEAST_APART - 1e-9:
+            raise ValueError(
+                f"similarity = {self.similarity} can not be told from 1 by permutations = {self.permutations}: "
+                f"at most {math.floor(1e4 * (1 - LEAST_APART / self.permutations)) / 1e4} can; "
+                "lower it, raise permutations (up to 1024), or set similarity = 1: exact repeats only"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Settings:

@@ -19,6 +19,7 @@ import codecs
 import contextlib
 import io
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from foundation.dataio import MAX_LINE_BYTES
 from foundation.errors import InputError
 
 AUTO = "auto"
+_WIDE = ("utf-16", "utf-32")
 # Encoding -> mean log-likelihood that long prose in it does not fall below. Of two that read alike, the first.
 TABLES = {
     "cp1252": -4.2, "mac-roman": -4.2, "iso-8859-15": -4.2,
@@ -62,7 +64,11 @@ _CYRILLIC = dict(
 ) | dict.fromkeys("іїєґў", 20)  # fmt: skip
 _ACCENTED = dict.fromkeys("éèàçêäöüßñóáâô", 0.02) | dict.fromkeys("îûëïùíúøåæœãõ", 0.003)
 _PROSE_MARKS = "«»—–…“”„‘’№\u00a0"
+_MISPLACED_QUOTE = re.compile(r"[^\W\d_](?:„|[«»“”]+(?=[^\W\d_]))")  # in a word: ä and ö of cp850 are „ and ”
+_MISPLACED_NATS = math.log(1e-4)
 _SURE_NATS = 8.0  # how much likelier than the next that reads differently the best must be
+_LINE = "Az 09\n"
+_NOT_HEBREW = frozenset("АБВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯыьэюя".encode("cp1251"))  # of cp1255: no letters there
 _HIGH = bytes(range(128, 256))
 
 
@@ -119,7 +125,10 @@ def decoded_lines(
             yield from _judged_lines(_raw_lines(file), tell)
         elif is_wide(encoding):
             tell(Seen(encoding))
-            yield from _wide_lines(file, canonical(encoding))
+            if (wide := canonical(encoding)) in _WIDE:
+                hint = f'name the order: `encoding = "{wide}-le"`, which is the usual one, or "{wide}-be"'
+                raise _Broken(1, f"no mark that tells the byte order of {wide}", hint)
+            yield from _wide_lines(file, wide)
         else:
             tell(Seen(encoding))
             for number, raw in _raw_lines(file):
@@ -130,16 +139,23 @@ def decoded_lines(
 
 
 def canonical(encoding: str) -> str:
-    """The name under which Python knows `encoding`; LookupError for one that it does not know as text."""
+    """The name under which Python knows `encoding`; LookupError for one in which lines can not be read."""
     info = codecs.lookup(encoding)
-    if not info._is_text_encoding:  # hex, rot13: codecs, but of no text
+    if not info._is_text_encoding or info.name == "idna":  # hex, rot13: codecs, but of no text
         raise LookupError(f"{encoding} is no encoding of text")
+    if not info.name.startswith(_WIDE):
+        try:
+            has_lines = _LINE.encode("ascii").decode(info.name) == _LINE
+        except UnicodeError:
+            has_lines = False
+        if not has_lines:  # undefined, punycode; EBCDIC, whose lines end otherwise
+            raise LookupError(f"{encoding} has no lines that end with the byte 0x0a")
     return info.name
 
 
 def is_wide(encoding: str) -> bool:
     """True for encodings whose lines do not end with the byte 0x0a."""
-    return canonical(encoding).startswith(("utf-16", "utf-32"))
+    return canonical(encoding).startswith(_WIDE)
 
 
 def _raw_lines(file: io.BufferedIOBase) -> Lines:
@@ -230,17 +246,31 @@ def _verdict(ahead: list[tuple[int, bytes]], marked: bool) -> Seen:
             f"not UTF-8, and like prose in none of {', '.join(TABLES)}; its encoding can not be told",
             _FORCE,
         )
+    different = _different(sample)
+    if best.encoding == "cp1251" and different >= 40 and not {*sample} & _NOT_HEBREW:
+        raise _Broken(
+            ahead[0][0],
+            "not UTF-8, and its encoding can not be told: cp1251 without a capital or one of ыьэюя "
+            f"({best.shown}), or Hebrew",
+            _FORCE,
+        )
     if not others:
         return Seen(best.encoding, characters)
     lead = best.mean_nats - others[0].mean_nats
-    if lead * characters < _SURE_NATS:
+    if lead * different < _SURE_NATS:
         raise _Broken(
             ahead[0][0],
-            f"not UTF-8, and its encoding can not be told from {characters} characters: "
+            f"not UTF-8, and its encoding can not be told from {different} characters: "
             f"{best.encoding} ({best.shown}) or {others[0].encoding} ({others[0].shown})",
             _FORCE,
         )
     return Seen(best.encoding, characters, lead, others[0].encoding)
+
+
+def _different(raw: bytes) -> int:
+    """Characters beyond ASCII in the different words of `raw`: a word said again proves nothing more."""
+    words = b"".join({*raw.split()})
+    return len(words) - len(words.translate(None, _HIGH))
 
 
 _FORCE = 'name it: `encoding = "cp1251"` in the corpora.prepare stage that reads it'
@@ -273,9 +303,10 @@ def _readings(raw: bytes) -> list[_Reading]:
             reading = high.decode(encoding)
         except UnicodeDecodeError:
             continue
-        nats = sum(n * _pair_nats(encoding, *pair) for pair, n in pairs) / count
+        misplaced = len(_MISPLACED_QUOTE.findall(raw.decode(encoding)))
+        nats = sum(n * _pair_nats(encoding, *pair) for pair, n in pairs) + misplaced * _MISPLACED_NATS
         shown = raw[first : first + 24].decode(encoding, errors="replace").split("\n")[0]
-        found.setdefault(reading, _Reading(nats, encoding, f"'{shown.strip()}'", nats >= floor))
+        found.setdefault(reading, _Reading(nats / count, encoding, f"'{shown.strip()}'", nats / count >= floor))
     return sorted(found.values(), key=lambda reading: -reading.mean_nats)
 
 

@@ -7,6 +7,7 @@ front matter are read: no code of the folder is run, and nothing is fetched, wha
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -150,3 +151,12 @@ def readable(folder: Path, endings: Iterable[str]) -> tuple[list[str], list[str]
     names = visible_files(folder)
     fits = [name for name in names if name.lower().endswith(tuple(endings))]
     return fits, sorted({*names} - {*fits})
+
+
+def linked_folders(folder: Path) -> list[str]:
+    """The visible links to folders below `folder`, sorted: `visible_files` does not go there."""
+    found = []
+    for root, folders, _ in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for name in folders if (path := Path(root, name)).is_symlink()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)

@@ -109,10 +109,17 @@ def _is_good(record: dict[str, Any], good_from: float | None, place: str) -> boo
             )
         return label == 1
     score = record.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not _is_finite(score):
         seen = f"score {score!r:.40}" if "score" in record else f"no score; the keys are {sorted(record)[:8]}"
         raise InputError(
             f"{place}: {seen}; a finite number is needed",
             hint='leave good_from out where documents have {"label": 0 or 1}',
         )
     return score >= good_from
+
+
+def _is_finite(score: float) -> bool:
+    try:
+        return math.isfinite(score)
+    except OverflowError:  # an integer of hundreds of digits
+        return False

@@ -38,7 +38,8 @@ from foundation.stage import Figures, Inputs, many
 CHECKPOINT_SECONDS = 20.0
 REPORT_DOCUMENTS = 200
 PARTS = ("text", "held")
-SOURCE = ("source", "encoding", "documents", "characters")  # of one line of sources.jsonl
+DROPPED = {"short": "too short", "long": "too long", "nul": "with NUL characters", "repeated": "repeated"}
+SCRIPTS = ("cyrillic", "latin")
 _CYRILLIC = re.compile(r"[\u0400-\u052f]+")
 _LATIN = re.compile(r"[A-Za-zªºÀ-ÖØ-öø-ʸ]+")
 _LETTERS = re.compile(r"[^\W\d_]+")
@@ -56,7 +57,7 @@ class Settings(StageSettings):
     max_characters: int = Field(0, ge=0, description="longer documents are dropped; 0 = none")
     max_documents: int = Field(0, ge=0, description="documents that are used, from the start; 0 = all")
     held_share: float = Field(
-        0.02, ge=0, lt=1, description="share of documents held out, by a hash of their text"
+        0.02, ge=0, lt=1, description="share of documents held out, by a hash of text and seed"
     )
 
     @field_validator("encoding")
@@ -76,11 +77,19 @@ class Settings(StageSettings):
 
 @dataclass
 class Tally:
-    """What became of the documents so far; written to state.json as it is."""
+    """What became of the documents so far; written to state.json as it is.
+
+    What is counted of all is counted of the source at hand, the last of `sources`, under the same name.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     sources: list[dict[str, Any]] = field(default_factory=list)  # one for each source that was begun
     written_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+    def count(self, what: str, number: int = 1) -> None:
+        source = self.sources[-1]
+        self.counts[what] += number
+        source[what] = source.get(what, 0) + number
 
 
 class Digests:
@@ -133,27 +142,35 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
             f"no document is left to train on ({_told(counts)})",
             hint="lower min_characters or held_share, or raise max_characters",
         )
-    write_jsonl(out / "sources.jsonl", ({name: source[name] for name in SOURCE} for source in tally.sources))
+    write_jsonl(out / "sources.jsonl", map(_source_row, tally.sources))
     for part in PARTS:
         (work / f"{part}.jsonl").replace(out / f"{part}.jsonl")
     encodings = Counter(source["encoding"] for source in tally.sources if source["encoding"])
-    shares = {
-        f"{script}_share": round(counts[f"{script}_letters"] / max(1, counts["letters"]), 4)
-        for script in ("cyrillic", "latin")
-    }
     report.note(f"{len(tally.sources)} sources, {_told(counts)}")
     return {
-        **{name: counts[name] for name in ("read", "short", "long", "nul", "repeated", "kept", "held")},
+        **{name: counts[name] for name in ("read", *DROPPED, "kept", "held")},
         "characters": counts["characters"],
         "sources": len(tally.sources),
         "encodings": ", ".join(f"{name} {count}" for name, count in sorted(encodings.items())),
-        **shares,
+        **_shares(counts),
     }
 
 
+def _source_row(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of sources.jsonl: what was read, where it went, and the scripts of what was not dropped."""
+    counts = {name: source.get(name, 0) for name in ("characters", *DROPPED, "kept", "held")}
+    told = {"source": source["source"], "encoding": source["encoding"], "documents": source.get("read", 0)}
+    return told | counts | _shares(source)
+
+
+def _shares(counts: Mapping[str, Any]) -> dict[str, float]:
+    """The share of each script in the letters."""
+    letters = max(1, counts.get("letters", 0))
+    return {f"{script}_share": round(counts.get(f"{script}_letters", 0) / letters, 4) for script in SCRIPTS}
+
+
 def _told(counts: Counter[str]) -> str:
-    dropped = {"short": "too short", "long": "too long", "nul": "with NUL characters", "repeated": "repeated"}
-    told = ", ".join(f"{counts[why]} {said}" for why, said in dropped.items())
+    told = ", ".join(f"{counts[why]} {said}" for why, said in DROPPED.items())
     return f"{counts['read']} documents: {told}; {counts['kept']} kept, {counts['held']} held out"
 
 
@@ -193,21 +210,18 @@ def _texts(sources: list[Source], tally: Tally) -> Iterator[str]:
             source.done_bytes = source.size_bytes
             continue
         if place == len(tally.sources):
-            tally.sources.append(dict(zip(SOURCE, (source.name, "", 0, 0), strict=True)))
+            tally.sources.append({"source": source.name, "encoding": ""})
         seen = tally.sources[place]
-        for text in islice(documents_in(source), seen["documents"], None):
-            seen["documents"] += 1
-            seen["characters"] += len(text)
+        for text in islice(documents_in(source), seen.get("read", 0), None):
             seen["encoding"] = source.encoding
-            tally.counts["read"] += 1
-            tally.counts["characters"] += len(text)
+            tally.count("read")
+            tally.count("characters", len(text))
             yield _clean(text)
         seen["encoding"] = source.encoding  # of a file of ASCII known at its end
 
 
 def _verdict(text: str, settings: Settings, digests: Digests, tally: Tally) -> str:
     """The part that `text` goes to, or "" when it is dropped; counted either way."""
-    counts = tally.counts
     why = ""
     if len(text) < settings.min_characters:
         why = "short"
@@ -218,28 +232,31 @@ def _verdict(text: str, settings: Settings, digests: Digests, tally: Tally) -> s
     elif not digests.add(_digest(text)):
         why = "repeated"
     if why:
-        counts[why] += 1
+        tally.count(why)
         return ""
     for kind, runs in (("cyrillic_letters", _CYRILLIC), ("latin_letters", _LATIN), ("letters", _LETTERS)):
-        counts[kind] += sum(map(len, runs.findall(text)))
+        tally.count(kind, sum(map(len, runs.findall(text))))
     is_held = _draw(text, settings.seed) < settings.held_share
-    counts["held" if is_held else "kept"] += 1
+    tally.count("held" if is_held else "kept")
     return "held" if is_held else "text"
 
 
 def _clean(text: str) -> str:
-    """NFC, and no white space at the ends of lines."""
-    return "\n".join(line.rstrip() for line in unicodedata.normalize("NFC", text).strip().splitlines())
+    """NFC, no white space at the ends of lines, no empty line first or last; the first line stays indented."""
+    return "\n".join(line.rstrip() for line in unicodedata.normalize("NFC", text).splitlines()).strip("\n")
 
 
 def _digest(text: str) -> int:
-    """64 bits: two of a hundred million texts share them, and one is lost, once in three thousand corpora."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    """64 bits: two of a hundred million texts share them, and one is lost, once in three thousand corpora.
+
+    Texts that differ in the indentation of their first line are one.
+    """
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big")
 
 
 def _draw(text: str, seed: int) -> float:
     """A number in [0, 1) that depends on the text and the seed, never on the order of the files."""
-    digest = hashlib.blake2b(f"{seed}\0{text}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}\0{text.strip()}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK_DOCUMENTS = 256
 MOST_STEPS = 300  # of L-BFGS
+LEAST_TRAINED = 0.25  # of min_judged
 
 
 class Settings(StageSettings):
@@ -42,7 +43,9 @@ class Settings(StageSettings):
         description="the score from which on a document is good; none: labels 0 and 1",
     )
     min_judged: int = Field(200, ge=20, description="fewer different judged texts are refused")
-    held_share: float = Field(0.2, gt=0, lt=1, description="share held out to measure, by a hash of the text")
+    held_share: float = Field(
+        0.2, gt=0, lt=1, description="share held out to measure, by a hash of text and seed"
+    )
     characters: int = Field(3, ge=1, le=8, description="longest n-gram of characters")
     words: int = Field(1, ge=0, le=4, description="longest n-gram of words; 0 = none")
     shapes: int = Field(
@@ -119,10 +122,18 @@ def _check_counts(labels: Labels, settings: Settings) -> tuple[int, int]:
         )
     held = [label for key, label in labels.good.items() if is_held(key, settings.held_share)]
     held_good, held_bad = sum(held), len(held) - sum(held)
+    trained = good + bad - len(held)
+    if good + bad >= settings.min_judged and trained < LEAST_TRAINED * settings.min_judged:
+        raise InputError(
+            f"held_share = {settings.held_share} leaves {trained} of {good + bad} judged documents to train "
+            f"on; needed are {LEAST_TRAINED:.0%} of min_judged = {settings.min_judged}",
+            hint="lower held_share, or judge more documents",
+        )
     if good + bad < settings.min_judged or not (0 < held_good < good and 0 < held_bad < bad):
         raise InputError(
             f"{good} good and {bad} bad documents are too few (min_judged = {settings.min_judged}): "
-            f"{held_good} and {held_bad} of them are held out, by which an AUC of 0.75 could be measured "
+            f"{held_good} and {held_bad} of them are held out (held_share = {settings.held_share}), by "
+            "which an AUC of 0.75 could be measured "
             + (f"to within {_half_width(held_good, held_bad):.2f}" if held_good and held_bad else "not at all"),
             hint="judge more documents; with 1,000 of each and held_share = 0.2 it is within 0.05",
         )

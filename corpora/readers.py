@@ -3,7 +3,8 @@
 | ending                 | read as                                                          |
 |------------------------|------------------------------------------------------------------|
 | .jsonl .ndjson .json   | JSON lines, `field` of each                                      |
-| .csv .tsv              | a table with a line of column names, column `field`              |
+| .csv                   | a table with a line of column names, column `field`              |
+| .tsv                   | the same between tabs; quotes mean nothing in it                 |
 | .parquet               | column `field`                                                   |
 | .txt, any other        | plain text; an empty line ends a document                        |
 | .gz .bz2 .xz .zst      | after one of those of text: unpacked while it is read            |
@@ -18,23 +19,23 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 from corpora.encodings import AUTO, Seen, decoded_lines
-from corpora.folders import readable, split_files
+from corpora.folders import linked_folders, readable, split_files
 from foundation.dataio import JSON_LINES, MAX_LINE_BYTES, paragraphs, parsed, texts_under
 from foundation.errors import InputError, MissingError
+from foundation.files import PACKED, read_json
 from foundation.report import Report
 
 BATCH_ROWS = 128
-PACKED = (".gz", ".bz2", ".xz", ".zst")
 TABLES = (".csv", ".tsv")
 PLAIN = (".txt", ".text")
 _OF_TEXT = (*JSON_LINES, *TABLES, *PLAIN)
@@ -124,7 +125,13 @@ def _source(path: Path, name: str, choice: Choice, report: Report) -> Source:
 def _sources_in(folder: Path, choice: Choice, report: Report) -> list[Source]:
     """The sources of a folder: a saved dataset, or the files of a split."""
     if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
+        known = read_json(folder / "dataset_dict.json")
+        splits = known.get("splits") if isinstance(known, dict) else None
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise InputError(
+                f"{folder}/dataset_dict.json names no splits, as save_to_disk writes them",
+                hint="save the dataset anew; or take that file away where the folder holds plain files",
+            )
         if choice.split not in splits:
             raise InputError(
                 f"{folder} has no split {choice.split!r}; there: {', '.join(splits)}",
@@ -136,18 +143,23 @@ def _sources_in(folder: Path, choice: Choice, report: Report) -> list[Source]:
     names, others = readable(folder, ENDINGS)
     if not names:
         raise InputError(
-            f"{folder}: {_nothing(others)}", hint=f"readable are {', '.join(ENDINGS[:7])}; see docs"
+            f"{folder}: {_nothing(others, linked_folders(folder))}",
+            hint=f"readable are {', '.join(ENDINGS[:7])}; see docs",
         )
     files = split_files(folder, names, choice.split, choice.subset)
-    left = len(names) + len(others) - len(files)
+    links = linked_folders(folder)
+    left = len(names) + len(others) + len(links) - len(files)
     if left:
         chosen = {file.relative_to(folder).as_posix() for file in files}
-        examples = [name for name in (*names, *others) if name not in chosen][:5]
+        told = [f"{name} (a link to a folder; it is not followed)" for name in links]
+        examples = [*told[:2], *(name for name in (*names, *others) if name not in chosen)][:5]
         report.note(f"{folder}: {len(files)} files read, {left} left out, such as {', '.join(examples)}")
     return [_source(file, file.relative_to(folder).as_posix(), choice, report) for file in files]
 
 
-def _nothing(names: list[str]) -> str:
+def _nothing(names: list[str], links: list[str]) -> str:
+    if links:
+        return f"nothing readable but behind links to folders, which are not followed: {', '.join(links[:5])}"
     if not names:
         return "the folder is empty"
     endings = sorted({PurePath(name).suffix.lower() or "(none)" for name in names})
@@ -172,7 +184,13 @@ def _saved_rows(source: Source, choice: Choice) -> Iterator[str]:
             f"{source.path} is a saved dataset; `datasets` is not installed", hint=hint
         ) from error
     with _damage(source.path):
-        dataset = load_from_disk(str(source.path), keep_in_memory=False)
+        try:
+            dataset = load_from_disk(str(source.path), keep_in_memory=False)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{source.path}: state.json or dataset_info.json is not as save_to_disk writes it",
+                hint="save the dataset anew",
+            ) from error
         assert isinstance(dataset, Dataset), "dataset_dict.json was looked for"
         _check_column(source.path, choice.field, dataset.data.schema)
         batches = dataset.select_columns([choice.field]).with_format("arrow").iter(BATCH_ROWS)
@@ -250,9 +268,9 @@ def _text(source: Source, choice: Choice, report: Report) -> Iterator[str]:
         numbered = decoded_lines(file, name, choice.encoding, tell)
         inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
         if inner.suffix.lower() in JSON_LINES:
-            texts = texts_under(choice.field, parsed(numbered, name), name)
+            texts = texts_under(choice.field, parsed(_one_object_each(numbered, name), name), name)
         elif inner.suffix.lower() in TABLES:
-            texts = _table_texts(numbered, choice.field, name)
+            texts = _table_texts(numbered, choice.field, name, quoted=inner.suffix.lower() != ".tsv")
         else:
             texts = paragraphs(_without_returns(numbered), name)
         for text in texts:
@@ -267,30 +285,58 @@ def _without_returns(numbered: Iterable[tuple[int, str]]) -> Iterator[tuple[int,
             yield number, part
 
 
-def _table_texts(numbered: Iterable[tuple[int, str]], column: str, name: str) -> Iterator[str]:
-    """`column` of a comma-, semicolon- or tab-separated table whose first line names the columns."""
+_TWO_OBJECTS = re.compile(r"\}[^\S\r]*\r\s*\{")  # nowhere in one of JSON
+
+
+def _one_object_each(numbered: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[int, str]]:
+    """Lines as they are. Raises InputError for one that is several, as JSON would not say."""
+    for number, line in numbered:
+        if "\r" in line and _TWO_OBJECTS.search(line):
+            raise _lone_returns(name, number)
+        yield number, line
+
+
+def _lone_returns(name: str, number: int) -> InputError:
+    new = PurePath(name).name
+    return InputError(
+        f"{name}, line {number}: lines that end in lone carriage returns, as on old Macs",
+        hint=f"write line feeds: tr '\\r' '\\n' < {new} > lines-{new}",
+    )
+
+
+def _table_texts(numbered: Iterable[tuple[int, str]], column: str, name: str, *, quoted: bool) -> Iterator[str]:
+    """`column` of a table whose first line names the columns; tabs part cells that are never `quoted`."""
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = (line + "\n" for _, line in numbered)
     first = next(lines, "")
-    delimiter = max(",;\t", key=first.count)
-    columns = [part.strip() for part in next(csv.reader([first], delimiter=delimiter), [])]
+    if "\r" in first:
+        raise _lone_returns(name, 1)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    delimiter = max(",;\t", key=first.count) if quoted else "\t"
+    header = next(csv.reader([first], delimiter=delimiter, quoting=quoting), [])
+    columns = [part.strip() for part in header]
     if column not in columns:
         hint = "name the one that holds the text with `field`"
         raise InputError(f"{name}, line 1: no column {column!r}; there: {', '.join(columns)[:200]}", hint=hint)
     place = columns.index(column)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    fewest = place + 1 if quoted else len(columns)  # spreadsheets leave out empty cells at the end of a row
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for row in rows:
-            if not row:
-                continue
-            if len(row) <= place:
-                said = f"{len(row)} columns; {column!r} is column {place + 1}"
-                raise InputError(f"{name}, line {rows.line_num + 1}: {said}", hint="mend that line")
-            if row[place].strip():
+            if row and not fewest <= len(row) <= len(columns):
+                said = f"{len(row)} columns, and line 1 names {len(columns)}: {', '.join(columns)[:200]}"
+                raise InputError(f"{name}, line {rows.line_num + 1}: {said}", hint=_CELLS[quoted])
+            if row and row[place].strip():
                 yield row[place]
     except csv.Error as error:
-        hint = "mend that line: a quote may not be closed"
+        hint = "mend that line: a quote may not be closed, or a line end in a lone carriage return"
         raise InputError(f"{name}, line {rows.line_num + 1}: not a table ({error})", hint=hint) from None
+
+
+_CELLS = {  # by whether cells may be quoted
+    True: 'mend that line: a cell that holds the separator stands in quotes: 1,"Hello, world"',
+    False: "a cell of a .tsv holds no tab and no line end; where cells are quoted, name the file .csv",
+}
 
 
 @contextmanager

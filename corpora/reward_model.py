@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from foundation.chat import Chat, Quoted
 from foundation.dataio import Message
 from foundation.errors import ModelError
-from foundation.model import attention, check_files, context_tokens, device, quiet_transformers, read_config
+from foundation.model import check_files, context_tokens, load_classifier, read_config
 from foundation.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,12 +36,7 @@ class Encoding(NamedTuple):
 
 
 class RewardTokenizer(Tokenizer):
-    """A tokenizer that cuts and pads nothing, whatever its file says, and can encode pairs."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._backend.no_truncation()
-        self._backend.no_padding()
+    """A tokenizer that can encode pairs."""
 
     def pair(self, prompt: str, answer: str) -> Encoding:
         """Ids with the control tokens that the tokenizer sets around and between; texts are plain."""
@@ -57,13 +52,10 @@ class RewardModel:
         self.folder = folder
         self.tokenizer = RewardTokenizer(folder)
         self._chat = Chat(self.tokenizer) if self.tokenizer.chat_template is not None else None
-        self._model = _load(folder, precision)
-        rows = self._model.get_input_embeddings().num_embeddings
-        if len(self.tokenizer) > rows:
-            raise ModelError(
-                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the embedding {rows} rows",
-                hint="copy both from the same model",
-            )
+        check_files(folder)
+        _check_kind(folder, read_config(folder))
+        self._model = load_classifier(folder, precision)
+        self._model.config.get_text_config().use_cache = False  # nothing is generated
         self.pad_id: int | None = self._model.config.get_text_config().pad_token_id
         named = self.tokenizer.config.get("model_input_names", [PARTS])
         self._has_parts = PARTS in named and (getattr(self._model.config, "type_vocab_size", None) or 0) > 1
@@ -113,39 +105,6 @@ class RewardModel:
                 f"{self.folder}: the reward is not a number", hint="its weights hold NaN or infinity"
             )
         return scores
-
-
-def _load(folder: Path, precision: str) -> Any:
-    """The classifier in evaluation mode, from safetensors alone and without code of its own."""
-    import torch
-
-    transformers = quiet_transformers()
-    check_files(folder)
-    _check_kind(folder, read_config(folder))
-    try:
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            str(folder),
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision],
-            device_map={"": device()},
-            attn_implementation=attention(),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with names
-        )
-    except Exception as error:  # a bad folder makes transformers and safetensors raise anything
-        raise ModelError(f"{folder}: transformers can not load this reward model: {error}") from error
-    faults = {
-        name: sorted(map(str, report[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")
-    }
-    if said := [f"{len(keys)} {name} (first: {keys[0]})" for name, keys in faults.items() if keys]:
-        raise ModelError(
-            f"{folder}: config.json and the weights do not belong together: {', '.join(said)}",
-            hint="a reward model brings the weights of its one logit; copy both from the same model",
-        )
-    model.config.get_text_config().use_cache = False  # nothing is generated
-    return model.eval()
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:

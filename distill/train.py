@@ -155,16 +155,18 @@ def _rows(settings: Settings, inputs: Inputs, tokenizer: Tokenizer, report: Repo
     """(rows to train on, with the teacher's columns and joined as asked for; how many conversations)."""
     store = _store(settings, inputs, tokenizer)
     longest = min(settings.max_tokens, context_tokens(tokenizer.folder))
-    chats, too_long = chat_rows(conversations(many(inputs, "data")), tokenizer, longest)
-    if too_long:
-        report.note(f"{too_long} conversations are longer than {longest} tokens and were left out")
-    rows: Rows[Row] = chats
+    chats = chat_rows(conversations(many(inputs, "data")), tokenizer, longest)
+    if chats.too_long:
+        report.note(f"{chats.too_long} rows are longer than {longest} tokens and were left out")
+    if int(chats.rows[0]["input_ids"][-1]) not in tokenizer.special_tokens.values():
+        report.note("the chat template ends answers with no control token: the model is not taught to stop")
+    rows: Rows[Row] = chats.rows
     if store:
         rows = store.beside(rows, tokenizer, temperature=settings.temperature)
     if settings.packing:
         rows = JoinedRows(rows, longest, settings.seed)
-        report.note(f"{len(chats)} conversations joined into {len(rows)} rows of up to {longest} tokens")
-    return rows, len(chats)
+        report.note(f"{len(chats.rows)} rows joined into {len(rows)} of up to {longest} tokens")
+    return rows, chats.conversations
 
 
 def _store(settings: Settings, inputs: Inputs, tokenizer: Tokenizer) -> TopKStore | None:

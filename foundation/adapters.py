@@ -58,6 +58,11 @@ def with_adapters(
     model = load(folder, precision=precision)
     import torch
 
+    if lora.rank > (hidden := model.config.get_text_config().hidden_size):
+        raise ModelError(
+            f"lora_rank = {lora.rank}, but {folder} has a hidden size of {hidden}: no matrix has a higher rank",
+            hint="take 8 to 256, or train all weights",
+        )
     torch.manual_seed(lora.seed)  # A is drawn at random, B starts at zero
     config = LoraConfig(
         r=lora.rank,
@@ -68,9 +73,25 @@ def with_adapters(
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"{folder}: LoRA can not be put on this model: {error}") from None
+    if left := _without_adapters(adapted):
+        report.note(f"LoRA does not reach {', '.join(left)}: in this model these matrices stay as they are")
+    return adapted
+
+
+def _without_adapters(model: Any) -> list[str]:
+    """Names of the linear modules beside the head that got no adapter in any layer, as MoE and fused ones."""
+    adapted, plain = set(), set()
+    for name, module in model.named_modules():
+        *_, kind = name.removesuffix(".base_layer").split(".")
+        if hasattr(module, "lora_A"):
+            adapted.add(kind)
+        elif getattr(getattr(module, "weight", None), "ndim", 0) == 2 and hasattr(module, "in_features"):
+            plain.add(kind)
+    inner = {"default", "lm_head"}  # of the adapters themselves, and the head, which is a setting of its own
+    return sorted(plain - adapted - inner)
 
 
 def merged(folder: Path, adapters: dict[str, torch.Tensor]) -> PreTrainedModel:

@@ -19,10 +19,10 @@ which no model writes, and some that leave out the end token, without which no m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from foundation.dataio import Message
 from foundation.errors import InputError, ModelError
@@ -60,7 +60,7 @@ class Encoder(Protocol):
 
 
 class Quoted:
-    """Messages in whose contents each spelling of a special token is replaced by a sentinel.
+    """Messages in whose texts each spelling of a special token is replaced by a sentinel.
 
     A sentinel is a number between two characters of private use that no content holds. `messages` are for
     the template; `ids` encodes what it rendered, or a piece of that. Conversations without such a spelling
@@ -71,7 +71,7 @@ class Quoted:
         self._encoder = encoder
         self.messages = messages
         self._spellings: dict[str, str] = {}
-        text = "\n".join(message["content"] for message in messages)
+        text = "\n".join(_strings(messages))
         found = sorted((s for s in encoder.special_tokens if s and s in text), key=lambda s: (-len(s), s))
         if not found:
             return
@@ -82,9 +82,10 @@ class Quoted:
         self._spellings = {sentinel: spelling for spelling, sentinel in sentinels.items()}
         special = re.compile("|".join(map(re.escape, found)))
         self.messages = [
-            {**message, "content": special.sub(lambda m: sentinels[m[0]], message["content"])}
+            {key: _replaced(value, lambda text: special.sub(lambda m: sentinels[m[0]], text))
+             for key, value in message.items()}
             for message in messages
-        ]
+        ]  # fmt: skip
 
     def ids(self, text: str, after: str = "") -> list[int]:
         """Ids of rendered text that goes on from `after`, which was rendered too.
@@ -112,6 +113,24 @@ class Quoted:
                 )
             out += plain
         return out
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside a JSON value; keys are not texts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _replaced(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _replaced(inner, change) for key, inner in value.items()}
+    return [_replaced(inner, change) for inner in value] if isinstance(value, list) else value
 
 
 def continued(encode: Callable[[str], list[int]], after: str, text: str) -> list[int]:

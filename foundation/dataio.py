@@ -169,7 +169,8 @@ def paragraphs(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[str]:
         yield "\n".join(paragraph)
 
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""role and content, both text, and whatever else of it a chat template may read (reasoning_content, ...)."""
 
 
 def conversations(paths: Iterable[Path]) -> Iterator[list[Message]]:
@@ -181,13 +182,18 @@ def conversations(paths: Iterable[Path]) -> Iterator[list[Message]]:
         found = False
         for number, record in records(path):
             found = True
+            if record.get("tools"):
+                raise InputError(
+                    f'{path}, line {number}: "tools" are not rendered, and the model would never see them',
+                    hint="write them into the system message, or leave the key out",
+                )
             yield checked_messages(record.get("messages"), f"{path}, line {number}", answered=True)
         if not found:
             raise InputError(f"{path}: holds no conversation")
 
 
 def checked_messages(messages: Any, where: str, *, answered: bool) -> list[Message]:
-    """`messages` as a list of {"role", "content"}, or InputError beginning with `where`."""
+    """`messages` without keys that hold nothing, or InputError beginning with `where`."""
     if not isinstance(messages, list) or not messages:
         raise InputError(
             f'{where}: no "messages" list', hint='{"messages": [{"role": "user", "content": ...}]}'
@@ -201,7 +207,7 @@ def checked_messages(messages: Any, where: str, *, answered: bool) -> list[Messa
             raise InputError(f"{where}: a message's content must be text; seen: {message!r:.80}")
     if answered and (messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip()):
         raise InputError(f"{where}: the last message must be an assistant's answer that is not empty")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:

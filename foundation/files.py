@@ -28,6 +28,8 @@ from foundation.errors import InputError, RunError, SamovarError
 
 TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")  # what write_atomic may leave behind when it is killed
 
+PACKED = (".gz", ".bz2", ".xz", ".zst")  # endings after which the one before says what a file holds
+
 _CHUNK_BYTES = 1 << 20
 _RACY_NS = 2_000_000_000  # a file younger than this may change again under the same mtime
 
@@ -188,8 +190,8 @@ class DigestCache:
     def content(self, path: Path) -> str:
         """Digest of an input: a folder by its files; a file as a folder of one, named by its suffix.
 
-        So neither moving nor renaming an input makes a stage stale. Raises InputError when it is missing
-        or an empty folder.
+        A packed file is named by both of its suffixes, for the first says how it is read. So neither moving
+        nor renaming an input makes a stage stale. Raises InputError when it is missing or an empty folder.
         """
         self.hashed[str(path)] = stamps(path)
         if path.is_dir():
@@ -199,7 +201,8 @@ class DigestCache:
             return tree_digest((name, self.sha256(path / name)) for name in names)
         if not path.is_file():
             raise InputError(f"{path} is not there", hint="check the path; it is read from the recipe's folder")
-        return tree_digest([(path.suffix, self.sha256(path))])
+        packed = path.suffix.lower() in PACKED
+        return tree_digest([("".join(path.suffixes[-2:]) if packed else path.suffix, self.sha256(path))])
 
     def save(self) -> None:
         """Write what was learned, if anything was and a store was named."""

@@ -39,10 +39,32 @@ def load(folder: Path, *, precision: Precision = "fp32") -> PreTrainedModel:
     transformers = quiet_transformers()
     check_files(folder)
     quantized = four_bits(transformers) if precision == "nf4" else None
+    dtype = {"fp32": torch.float32, "stored": "auto"}.get(precision, torch.bfloat16)
+    model = _read(transformers.AutoModelForCausalLM, folder, dtype, quantized)
+    if quantized:
+        _check_widths(folder, model)
+    _check_vocabulary(folder, model.config.vocab_size)
+    return model.eval()
+
+
+def load_classifier(folder: Path, precision: Literal["fp32", "bf16"]) -> Any:
+    """A sequence classifier in evaluation mode; raises ModelError as `load` does."""
+    import torch
+
+    transformers = quiet_transformers()
+    check_files(folder)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = _read(transformers.AutoModelForSequenceClassification, folder, dtype)
+    _check_vocabulary(folder, model.get_input_embeddings().num_embeddings)
+    return model.eval()
+
+
+def _read(auto: Any, folder: Path, dtype: Any, quantized: Any = None) -> Any:
+    """What transformers' class `auto` makes of `folder`, whose files it must use one and all."""
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             str(folder),
-            dtype={"fp32": torch.float32, "stored": "auto"}.get(precision, torch.bfloat16),
+            dtype=dtype,
             quantization_config=quantized,
             device_map={"": device()},
             attn_implementation=attention(),
@@ -55,10 +77,7 @@ def load(folder: Path, *, precision: Precision = "fp32") -> PreTrainedModel:
     except Exception as error:  # a bad folder makes transformers and safetensors raise anything
         raise ModelError(f"{folder}: transformers can not load this model: {error}") from error
     _check_weights(folder, report)
-    if quantized:
-        _check_widths(folder, model)
-    _check_vocabulary(folder, model.config.vocab_size)
-    return model.eval()
+    return model
 
 
 def four_bits(transformers: Any) -> Any:

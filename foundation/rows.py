@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from foundation.chat import IGNORED, Chat
 from foundation.dataio import Message
@@ -149,26 +149,33 @@ def batches_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def chat_rows(
-    conversations: Iterable[list[Message]], tokenizer: Tokenizer, max_tokens: int
-) -> tuple[list[Row], int]:
-    """The rows of conversations, labels on the assistant's tokens; returns (rows, how many were too long).
+class ChatRows(NamedTuple):
+    """Conversations as rows, and how many there are."""
+
+    rows: list[Row]
+    conversations: int  # that have a row
+    too_long: int  # rows that were left out
+
+
+def chat_rows(conversations: Iterable[list[Message]], tokenizer: Tokenizer, max_tokens: int) -> ChatRows:
+    """The rows of conversations, labels on the assistant's tokens.
 
     A row longer than `max_tokens` is left out and counted, never cut: half an answer teaches the model to stop
     at random. Raises InputError when none is left, and as `rows_of_each` does.
     """
     rows: list[Row] = []
-    too_long = 0
+    used = too_long = 0
     for found in rows_of_each(conversations, tokenizer):
         fitting = [row for row in found if len(row["input_ids"]) <= max_tokens]
         too_long += len(found) - len(fitting)
+        used += bool(fitting)
         rows += fitting
     if not rows:
         raise InputError(
             f"no conversation fits {max_tokens} tokens ({too_long} are longer)",
             hint="raise max_tokens, up to the context that the model was made for",
         )
-    return rows, too_long
+    return ChatRows(rows, used, too_long)
 
 
 def rows_of_each(conversations: Iterable[list[Message]], tokenizer: Tokenizer) -> Iterator[list[Row]]:

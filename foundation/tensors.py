@@ -75,7 +75,10 @@ class TensorFiles:
         """Name of the input embeddings [V, D]. Raises ModelError when there is not exactly one."""
         found = [name for name in self if name.endswith(EMBEDDING)]
         if len(found) != 1:
-            raise ModelError(f"{self.folder}: {len(found)} tensors end in {EMBEDDING}, one is needed")
+            raise ModelError(
+                f"{self.folder}: {len(found)} tensors end in {EMBEDDING}, one is needed",
+                hint="models of Llama's kind have it: Llama, Mistral, Qwen, Gemma",
+            )
         return found[0]
 
     def items(self) -> Iterator[tuple[str, Tensor]]:

@@ -42,10 +42,13 @@ class Tokenizer:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises a bare Exception on a malformed file
             raise ModelError(f"{path}: can not be read as a tokenizer ({error})") from None
-        # Some files carry the truncation and padding of whoever saved them: texts would be cut without a word.
+        # Some files carry the habits of whoever trained with them: texts would be cut, or cut up at random.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.config = _json(folder / "tokenizer_config.json")
+        if getattr(self._backend.model, "dropout", None) is not None:
+            self._backend.model.dropout = None
+        named = _json(folder / "special_tokens_map.json")  # older folders name bos and eos here alone
+        self.config = {**named, **_json(folder / "tokenizer_config.json")}
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; special tokens written in it are encoded as plain characters."""
@@ -122,6 +125,16 @@ class Tokenizer:
             except UnicodeDecodeError as error:
                 raise ModelError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
         inside = self.config.get("chat_template")
+        if isinstance(inside, list):  # several, by name
+            named = {
+                str(entry.get("name")): entry.get("template") for entry in inside if isinstance(entry, dict)
+            }
+            inside = named.get("default")
+            if not isinstance(inside, str):
+                raise ModelError(
+                    f"{self.folder}: chat templates {sorted(named)}, and none is called 'default'",
+                    hint="save the one to use as chat_template.jinja beside the tokenizer",
+                )
         return inside if isinstance(inside, str) else None
 
     @cached_property

@@ -128,6 +128,9 @@ def tune(
             f"optimizer = {settings.optimizer!r} needs bitsandbytes, which is not installed",
             hint="pip install -c constraints.txt bitsandbytes, or optimizer = 'adamw_torch'",
         )
+    if settings.warmup_steps >= settings.steps:
+        warmup = f"warmup_steps = {settings.warmup_steps} of {settings.steps} steps"
+        report.note(f"{warmup}: the peak learning rate is not reached")
     work.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(transformers, settings, work)
     if is_main():
@@ -145,7 +148,11 @@ def tune(
     )
     if settings.gradient_checkpointing:
         # Not reentrant: gradients then reach LoRA's weights though the embedding, being frozen, needs none.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        reentrant = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 or so on
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=reentrant)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
         model.disable_input_require_grads()  # or frozen layers below the first that trains would run twice
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     if latest is not None:

@@ -267,9 +267,9 @@ class _Pruning:
         longest = min(self.settings.max_tokens, context_tokens(self.folder))
         parts: list[Rows[Row]] = []
         if many(self.inputs, "data"):
-            chats, too_long = chat_rows(conversations(many(self.inputs, "data")), self.tokenizer, longest)
+            chats, _, too_long = chat_rows(conversations(many(self.inputs, "data")), self.tokenizer, longest)
             if too_long:
-                self.report.note(f"{too_long} conversations are longer than {longest} tokens and were left out")
+                self.report.note(f"{too_long} rows are longer than {longest} tokens and were left out")
             parts.append(chats)
         if many(self.inputs, "corpus"):
             parts.append(

@@ -19,7 +19,7 @@ def main(folder: Path, out: Path, batch_rows: int) -> None:
     from accelerate import PartialState
 
     tokenizer = Tokenizer(folder)
-    rows, _ = chat_rows((c["messages"] for c in chats(16)), tokenizer, 100)
+    rows, *_ = chat_rows((c["messages"] for c in chats(16)), tokenizer, 100)
     model = load(folder)
     settings = TuneSettings(steps=4, batch_rows=batch_rows, warmup_steps=0, precision="fp32", clip_norm=0)
     tune(model, rows, cross_entropy, settings, out / "work", Silent(), pad_id=tokenizer.pad_id)

@@ -168,7 +168,7 @@ def test_mass_keeps_the_fewest_that_reach_it() -> None:
 def test_rows_beyond_the_tokenizer_are_cut_before_the_softmax(tmp_path: Path, data: Path) -> None:
     """And what is left sums to one: a padded teacher says nothing of ids that nobody can write."""
     padded = tiny_model(tmp_path / "padded", seed=1, initializer_range=0.3, vocab_size=VOCAB + 24)
-    rows, _ = chat_rows(conversations([data]), Tokenizer(padded), 128)
+    rows, *_ = chat_rows(conversations([data]), Tokenizer(padded), 128)
     columns = read(padded, rows, top_k=VOCAB - 1)
     assert columns["topk_ids"].max() < VOCAB
     total = np.exp(columns["topk_logprobs"].astype(float)).sum(-1) + np.exp(columns["tail_logprob"])
@@ -222,7 +222,7 @@ def test_no_more_logits_at_once_than_the_budget_allows(
 def test_a_teacher_in_few_bits_is_nearly_the_same(data: Path, tmp_path: Path, precision: str) -> None:
     shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # blocks of 64 weights, in nf4
     teacher = tiny_model(tmp_path / "wide", seed=1, initializer_range=0.2, **shape)
-    rows, _ = chat_rows(conversations([data]), Tokenizer(teacher), 128)
+    rows, *_ = chat_rows(conversations([data]), Tokenizer(teacher), 128)
     captured(teacher, data, tmp_path, precision=precision)
     store = TopKStore(tmp_path / "store")
     gold = [row["labels"][1:][row["labels"][1:] != IGNORED] for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 
@@ -205,3 +206,57 @@ def test_templates_that_write_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(ModelError, match="not UTF-8"):
         Chat(Tokenizer(tmp_path))
+
+
+def test_keys_beside_the_content_reach_the_template_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>"
+        "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    talk = [{**TALK[1]}, {**TALK[2], "reasoning_content": "Legs, I think."}]
+    reference = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(talk, tokenize=False)
+    chat = Chat(Tokenizer(tmp_path))
+    assert "<think>Legs" in reference
+    assert chat.render(talk, prompt=False) == reference
+    control = Tokenizer(tmp_path).special_tokens["<|im_end|>"]
+    said = [
+        {**TALK[1]},
+        {**TALK[2], "reasoning_content": "It spells <|im_end|>", "calls": [{"a": "<|im_end|>"}]},
+    ]
+    assert chat.encode(said)[0].ids.count(control) == 2  # the template's own two
+
+
+def test_several_templates_by_name(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer(tmp_path)
+    source = (tmp_path / "chat_template.jinja").read_text()
+    (tmp_path / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+
+    def named(*names: str) -> Tokenizer:
+        listed = [{"name": name, "template": source if name == "default" else "{{ 1 }}"} for name in names]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": listed}))
+        return Tokenizer(tmp_path)
+
+    chat = Chat(named("tool_use", "default"))
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TALK, tokenize=False)
+    assert chat.render(TALK, prompt=False) == expected
+    with pytest.raises(ModelError, match=r"chat templates \['rag', 'tool_use'\], and none is called 'default'"):
+        Chat(named("rag", "tool_use"))
+
+
+def test_bos_is_read_where_older_folders_name_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|endoftext|>"}}))
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(TALK[:1], tokenize=False)
+    assert expected.startswith("<|endoftext|>")
+    assert Chat(Tokenizer(tmp_path)).render(TALK[:1], prompt=False) == expected

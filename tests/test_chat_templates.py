@@ -392,7 +392,7 @@ def test_a_store_fits_the_rows_that_training_makes(tmp_path: Path) -> None:
         capture.Settings(top_k=8, shard_rows=3), {"teacher": folder, "data": data}, tmp_path, Silent()
     )
     assert (figures["rows"], figures["too_long"]) == (10, 0), "two answers in each of five conversations"
-    store, (rows, _) = TopKStore(tmp_path / "store"), chat_rows(conversations([data]), tokenizer, 128)
+    store, (rows, *_) = TopKStore(tmp_path / "store"), chat_rows(conversations([data]), tokenizer, 128)
     beside = store.beside(rows, tokenizer, temperature=1.0)
     assert len(beside) == 10
     for number in range(10):
@@ -410,10 +410,10 @@ def test_a_store_fits_the_rows_that_training_makes(tmp_path: Path) -> None:
 
 def test_only_the_turns_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     folder, data = split_model(tmp_path / "model"), talks(tmp_path)
-    rows, _ = chat_rows(conversations([data]), Tokenizer(folder), 999)
+    rows, *_ = chat_rows(conversations([data]), Tokenizer(folder), 999)
     short = max(len(row["input_ids"]) for row in rows[::2])
     assert short < min(len(row["input_ids"]) for row in rows[1::2])
-    fitting, too_long = chat_rows(conversations([data]), Tokenizer(folder), short)
+    fitting, _, too_long = chat_rows(conversations([data]), Tokenizer(folder), short)
     assert (len(fitting), too_long) == (5, 5)
     report = Silent()
     figures = capture.run(

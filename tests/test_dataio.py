@@ -133,3 +133,15 @@ def test_a_whole_pair_and_a_spelt_escape_are_text(tmp_path: Path) -> None:
     path = tmp_path / "good.jsonl"
     path.write_text('{"text": "\\ud83d\\ude80 \\\\ud800"}\n')
     assert list(documents([path])) == ["🚀 \\ud800"]
+
+
+def test_tools_that_no_model_would_see_are_refused(tmp_path: Path) -> None:
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "name": None, "thought": "c"},
+    ]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": talk}, {"messages": talk, "tools": [{"name": "search"}]}])
+    found = conversations([tmp_path / "a.jsonl"])
+    assert next(found) == [talk[0], {"role": "assistant", "content": "b", "thought": "c"}]
+    with pytest.raises(InputError, match=r'a\.jsonl, line 2: "tools" are not rendered'):
+        next(found)

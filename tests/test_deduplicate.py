@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -489,3 +490,24 @@ def test_refusals(tmp_path: Path) -> None:
             Settings(**odd)
     with pytest.raises(ValidationError, match="near_characters = 60 must be at least exact_characters = 80"):
         Settings(exact_characters=80)
+
+
+def test_a_similarity_that_no_bands_can_tell_from_one_is_refused() -> None:
+    """What passes is what datasketch has bands for; what does not, nearly all that it has none for."""
+    from datasketch import MinHashLSH
+
+    for permutations in (32, 48, 64, 128):
+        passed = []
+        for thousandths in range(950, 1000):
+            try:
+                chosen = Settings(similarity=thousandths / 1000, permutations=permutations)
+            except ValidationError as error:
+                [most] = re.findall(r"at most (0\.\d+) can", str(error))
+                Settings(similarity=float(most), permutations=permutations)
+                assert thousandths / 1000 > float(most)
+            else:
+                assert Sketch.of(chosen).bands >= 2
+                passed.append(chosen.similarity)
+        with pytest.raises(ValueError, match="bands"):
+            MinHashLSH(max(passed) + 0.005, permutations, weights=signatures.MISSES)
+    assert Sketch.of(Settings(similarity=1, permutations=32)).bands == 0

@@ -125,7 +125,7 @@ def test_three_steps_equal_a_plain_loop(
     train.run(chosen, {"model": student, "data": (data,), "teacher": store}, tmp_path, Silent())
 
     tokenizer, model = Tokenizer(student), load(student).train()
-    rows, _ = chat_rows(conversations([data]), tokenizer, 128)
+    rows, *_ = chat_rows(conversations([data]), tokenizer, 128)
     beside = list(TopKStore(store).beside(rows, tokenizer, temperature=1.0))
     items = sum(int((row["labels"][1:] != IGNORED).sum()) for row in rows)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -334,7 +334,7 @@ def test_student_comes_nearer_to_the_teacher(
     student: Path, teacher: Path, data: Path, store: Path, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     """KL over the teacher's 8 likeliest ids and all others as one, from both models themselves."""
-    rows, _ = chat_rows(conversations([data]), Tokenizer(student), 128)
+    rows, *_ = chat_rows(conversations([data]), Tokenizer(student), 128)
 
     def divergence(folder: Path) -> float:
         one, other = load(folder), load(teacher)

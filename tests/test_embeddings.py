@@ -423,3 +423,15 @@ def test_characters_that_were_unknown_start_as_the_unknown_token(samovar_data: P
     assert report.notes == ["5 new tokens hold characters that the old tokenizer reads as unknown"]
     text = Tokenizer(made.folder).decode(Tokenizer(made.folder).encode("на нъ на"))
     assert text == "на нъ на"
+
+
+def test_an_untied_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", tie_word_embeddings=False)
+    write_tensors(model, [(name, tensor) for name, tensor in TensorFiles(model).items() if name != HEAD])
+    with pytest.raises(ModelError, match=r"no lm_head.weight, but config.json says"):
+        grow(model, tmp_path / "grown")
+
+
+def test_a_decay_without_effect_is_refused() -> None:
+    with pytest.raises(ValueError, match="decay: no effect with weighting = 'mean'"):
+        Settings(decay=3.0)

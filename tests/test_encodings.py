@@ -28,6 +28,9 @@ GERMAN = (
     "Ach, wäre ich bei euch, so würde ich euch füttern! Als sie müde war, schlief sie unter einer Eiche.\n"
 )
 GREEK = "Μια φορά κι έναν καιρό ήταν ένας βασιλιάς που είχε τρεις κόρες και όλοι τις αγαπούσαν πολύ.\n"
+FINNISH = "Eilen söimme äidin tekemää leipää ja joimme hyvää kahvia. Tyttö näki järvellä jäätä yöllä.\n"
+HEBREW = "היום מזג האוויר יפה מאוד והילדים משחקים בגן עם סבתא שלהם.\n"
+UKRAINIAN = "Сьогодні дуже гарна погода, і діти граються в саду з бабусею. Її ім'я – Ганна, ґанок їх.\n"
 POLISH = "Dawno, dawno temu, za siedmioma górami, żył sobie król, który miał trzy śliczne córki.\n"
 CYRILLIC = [name for name, floor in TABLES.items() if floor > -4]
 
@@ -100,10 +103,14 @@ def test_how_sure_is_told() -> None:
         (GREEK.encode("cp1253"), "line 1: not UTF-8, and like prose in none of"),
         (b"ascii\n" + POLISH.encode("cp1250"), "line 2: not UTF-8, and like prose in none of"),
         ("да\n".encode("cp1251"), "line 1: not UTF-8, and its encoding can not be told from 2 characters: "),
+        (FINNISH.encode("cp850"), "line 1: not UTF-8, and like prose in none of"),
+        (b"h\x94yry l\x94yly t\x94ihin k\x94yh\x94 hy\x94ty m\x94kki", "line 1: not UTF-8"),
+        (HEBREW.encode("cp1255"), "line 1: not UTF-8, .* cp1251 without a capital .*, or Hebrew"),
+        (HEBREW.encode("cp1255") * 20, "line 1: not UTF-8, .* cp1251 without a capital .*, or Hebrew"),
         (b"ok\n\xff\xfe\xfd", "line 2: not UTF-8"),
         (b"\x7fELF\x01\x00\x00", "line 1: a NUL byte"),
         (RUSSIAN.encode("utf-16-le"), "line 1: a NUL byte; .* UTF-16 without its mark"),
-        (gzip.compress(b"text"), "is a gzip file, by its first bytes"),
+        (gzip.compress(b"text", mtime=0), "is a gzip file, by its first bytes"),
         (b"PK\x03\x04....", "is a zip archive"),
         (b"PAR1....", "is a Parquet file"),
         (RUSSIAN.encode("utf-16")[:-1], "line 4: not utf-16-le"),
@@ -114,6 +121,26 @@ def test_what_can_not_be_told_is_refused(content: bytes, said: str) -> None:
     with pytest.raises(InputError, match=rf"^a\.txt(,| ).*{said}") as caught:
         read(content)
     assert caught.value.hint
+
+
+def test_a_refusal_says_how_to_force_an_encoding() -> None:
+    for text, encoding in ((FINNISH, "cp850"), (HEBREW, "cp1255"), (UKRAINIAN * 20, "cp1251")):
+        with pytest.raises(InputError) as caught:
+            read(text.encode(encoding))
+        assert "`encoding = " in caught.value.hint
+        assert read(text.encode(encoding), encoding)[0] == text
+
+
+def test_a_word_said_again_proves_nothing_more() -> None:
+    for times in (1, 100):
+        with pytest.raises(InputError, match="can not be told from 2 characters"):
+            read("да\n".encode("cp1251") * times)
+
+
+def test_quotes_beside_words_are_prose() -> None:
+    text = "Die Königin sagte: „Geht hinaus“, und rief: »Ihr müßt schön fleißig sein!« «Oui», fügte er hinzu.\n"
+    got, told = read(text.encode("cp1252"))
+    assert got == text and told[0].encoding == "cp1252"
 
 
 LONG = RUSSIAN * 300  # past the sample
@@ -162,9 +189,28 @@ def test_a_named_encoding_is_used_and_may_break() -> None:
     assert read(b"\xef\xbb\xbfword\n", "utf-8")[0] == "word\n"
     with pytest.raises(InputError, match=r"a\.txt, line 2: not cp1251 \(byte 2: 0x98\)"):
         read(b"ok\nab\x98\n", "cp1251")
-    for wrong in ("hex", "no-such"):
+    for wrong in ("hex", "no-such", "undefined", "punycode", "idna", "cp037"):
         with pytest.raises(LookupError):
             canonical(wrong)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_wide_encoding_needs_its_order(encoding: str) -> None:
+    assert read(RUSSIAN.encode(encoding), encoding)[0] == RUSSIAN
+    with pytest.raises(InputError, match=rf"line 1: no mark that tells the byte order of {encoding}") as caught:
+        read(RUSSIAN.encode(f"{encoding}-le"), encoding)
+    assert f'"{encoding}-le"' in caught.value.hint
+
+
+def test_every_encoding_of_lines_can_be_named() -> None:
+    from encodings.aliases import aliases
+
+    for name in {*aliases.values()} - {"mbcs", "oem"}:
+        try:
+            known = canonical(name)
+        except LookupError:
+            continue
+        assert read("one 1\ntwo\n".encode(known), name)[0] == "one 1\ntwo\n", name
 
 
 def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

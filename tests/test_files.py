@@ -113,6 +113,25 @@ def test_content_of_a_file_goes_by_bytes_and_suffix(tmp_path: Path) -> None:
     assert a == b and len({a, c, d}) == 3
 
 
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst", ".GZ"])
+def test_content_of_a_packed_file_goes_by_what_it_holds(tmp_path: Path, packed: str) -> None:
+    names = [f"a.txt{packed}", f"b.2024.txt{packed}", f"a.jsonl{packed}", f"a{packed}"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"tea")
+    a, b, lines, bare = (DigestCache().content(tmp_path / name) for name in names)
+    assert a == b and len({a, lines, bare}) == 3
+
+
+def test_content_of_other_files_goes_by_the_last_suffix_as_ever(tmp_path: Path) -> None:
+    """Spelled out: a change of it makes every stage of every user stale."""
+    (tmp_path / "v1.2.jsonl").write_text("tea")
+    entry = json.dumps([[".jsonl", hashlib.sha256(b"tea").hexdigest()]], separators=(",", ":"))
+    assert DigestCache().content(tmp_path / "v1.2.jsonl") == hashlib.sha256(entry.encode()).hexdigest()
+    (tmp_path / "...odd").write_text("tea")
+    (tmp_path / "a.odd").write_text("tea")
+    assert DigestCache().content(tmp_path / "...odd") == DigestCache().content(tmp_path / "a.odd")
+
+
 def test_content_of_a_folder_goes_by_its_visible_files(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)

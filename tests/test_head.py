@@ -282,7 +282,7 @@ def test_products_of_mixed_precision(monkeypatch: pytest.MonkeyPatch, stored: to
 def test_packed_rows_equal_rows_apart(tmp_path: Path) -> None:
     """position_ids without an attention mask: transformers keeps the conversations of a row apart."""
     folder = tiny_model(tmp_path)
-    rows, _ = chat_rows((chat["messages"] for chat in chats(3)), Tokenizer(folder), 100)
+    rows, *_ = chat_rows((chat["messages"] for chat in chats(3)), Tokenizer(folder), 100)
     model = create(
         {**SHAPE, "model_type": "llama", "vocab_size": 400, "max_position_embeddings": 128}, 0
     ).eval()

@@ -584,7 +584,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def healed(lame: Path, folder: Path, data: Path, work: Path, report: Any = None, **changes: Any) -> Healed:
     tokenizer = Tokenizer(folder)
-    rows, _ = chat_rows(conversations([data]), tokenizer, 128)
+    rows, *_ = chat_rows(conversations([data]), tokenizer, 128)
     few = {"steps": 3, "batch_rows": 4, "warmup_steps": 0, "learning_rate": 1e-2, "precision": "fp32"}
     store = changes.pop("store", None)
     place = {"kept": changes.pop("kept", [0, 1, 3, 4]), "gaps": changes.pop("gaps", [2])}
@@ -623,7 +623,7 @@ def test_healing_heals_and_says_how(lame: Path, folder: Path, data: Path, tmp_pa
     lines = curves(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"] / 3
     assert all(x["loss"] == pytest.approx(x["logits"] + x["hidden"], rel=1e-4) for x in lines)
-    rows, _ = chat_rows(conversations([data]), Tokenizer(folder), 128)
+    rows, *_ = chat_rows(conversations([data]), Tokenizer(folder), 128)
     batch, student, teacher = collate(rows, 0), load(lame), load(folder)
     z, t = (logits_of(m, batch)[:, :-1].log_softmax(-1) for m in (student, teacher))
     there = batch["labels"][:, 1:] != -100

@@ -15,8 +15,9 @@ from tiny import TEXTS, chats, tiny_model
 from adaptation import embeddings
 from adaptation.trained import Trained, made_ready
 from distill import train
-from foundation.adapters import Lora
+from foundation.adapters import Lora, with_adapters
 from foundation.dataio import write_jsonl
+from foundation.errors import ModelError
 from foundation.losses import cross_entropy
 from foundation.model import load, save
 from foundation.report import Silent
@@ -114,3 +115,21 @@ def test_lora_on_the_ends_moves_the_first_and_the_last_layer(
 def test_ends_without_lora_are_refused() -> None:
     with pytest.raises(ValueError, match="lora_layers: of LoRA's base alone; set lora_rank"):
         train.Settings(lora_layers="ends")
+
+
+def test_what_lora_does_not_reach_is_told(tmp_path: Path) -> None:
+    """Phi 3 joins q, k and v into one matrix, gate and up into another: names that LoRA does not look for."""
+    reports = {}
+    for kind in ("llama", "phi3"):
+        model, reports[kind] = tiny_model(tmp_path / kind, model_type=kind), Silent()
+        with_adapters(model, Lora(2, 2, 17), "fp32", "peft", max_tokens=16, report=reports[kind])
+    assert reports["llama"].notes == []
+    assert [note.split(":")[0] for note in reports["phi3"].notes] == [
+        "LoRA does not reach gate_up_proj, qkv_proj"
+    ]
+
+
+def test_a_rank_above_the_width_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path)
+    with pytest.raises(ModelError, match=r"lora_rank = 33, but .* has a hidden size of 32"):
+        with_adapters(model, Lora(33, 2, 17), "fp32", "peft", max_tokens=16, report=Silent())

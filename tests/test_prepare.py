@@ -49,6 +49,24 @@ def test_forms_of_one_letter_are_one_text(tmp_path: Path) -> None:
     assert list(documents([tmp_path / "text.jsonl"])) == ["ёж и йод"]
 
 
+def test_the_first_line_stays_indented_and_is_no_other_text(tmp_path: Path) -> None:
+    code = "    def f():\n        return 1"
+    texts = [f"\n \n{code}  \n\n", code.strip(), "\tword ", " word"]
+    write_jsonl(tmp_path / "a.jsonl", ({"text": text} for text in texts))
+    figures = run(Settings(held_share=0), {"corpus": (tmp_path / "a.jsonl",)}, tmp_path, Silent())
+    assert list(documents([tmp_path / "text.jsonl"])) == [code, "\tword"] and figures["repeated"] == 2
+
+
+def test_what_is_held_out_depends_on_the_seed_and_the_text_alone(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ({"text": f"История номер {n}."} for n in range(200)))
+    held = []
+    for seed in (1, 1, 2):
+        run(Settings(held_share=0.5, seed=seed), {"corpus": (tmp_path / "a.jsonl",)}, tmp_path, Silent())
+        held.append(texts(tmp_path / "held.jsonl"))
+        (tmp_path / ".work" / "state.json").unlink(missing_ok=True)
+    assert held[0] == held[1] != held[2]
+
+
 def test_nothing_left(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short\n")
     with pytest.raises(InputError, match="no document is left"):
@@ -80,10 +98,14 @@ def test_all_kinds_of_files_at_once_and_what_was_read(tmp_path: Path) -> None:
     beyond_ascii = sum(ord(c) > 127 for text in russian for c in text)
     sources = [json.loads(line) for line in (tmp_path / "sources.jsonl").read_text().splitlines()]
     assert sources == [
-        {"source": "old.txt", "encoding": "cp1251", "documents": 2, "characters": sum(map(len, russian))},
-        {"source": "new.jsonl.gz", "encoding": "utf-8", "documents": 2, "characters": 16},
-        {"source": "train.jsonl", "encoding": "utf-8", "documents": 3, "characters": 23},
-    ]
+        {"source": "old.txt", "encoding": "cp1251", "documents": 2, "characters": sum(map(len, russian)),
+         "short": 0, "long": 1, "nul": 0, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 1.0,
+         "latin_share": 0.0},
+        {"source": "new.jsonl.gz", "encoding": "utf-8", "documents": 2, "characters": 16, "short": 1, "long": 0,
+         "nul": 0, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 0.0, "latin_share": 1.0},
+        {"source": "train.jsonl", "encoding": "utf-8", "documents": 3, "characters": 23, "short": 1, "long": 0,
+         "nul": 1, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 0.0, "latin_share": 1.0},
+    ]  # fmt: skip
     assert report.notes[0].endswith("1 files read, 1 left out, such as test.jsonl")
     assert report.notes[1].startswith(f"old.txt: cp1251, judged by {beyond_ascii} characters")
 
@@ -112,6 +134,7 @@ def test_an_encoding_can_be_forced(tmp_path: Path) -> None:
     [
         ({"encoding": "cp125l"}, "no such encoding: 'cp125l'"),
         ({"encoding": "rot13"}, "no such encoding"),
+        ({"encoding": "undefined"}, "no such encoding: 'undefined'"),
         ({"min_characters": 9, "max_characters": 8}, "max_characters 8 is below min_characters"),
     ],
 )

@@ -550,3 +550,11 @@ def test_fewer_rows_than_tokens_are_refused(tmp_path: Path) -> None:
     family.adapted = change(tmp_path / "short", family.adapted, embed=lambda e: e[:-1])
     with pytest.raises(ModelError, match="rows of embeddings for"):
         family.run()
+
+
+def test_a_fit_between_strangers_is_told(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    family.instruct = tiny_model(tmp_path / "stranger", seed=99)
+    _, figures, report = family.run("overlap")
+    assert figures["residual_embeddings"] > 0.9
+    assert any("of the instruct model's rows unexplained" in note for note in report.notes)

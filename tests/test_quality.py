@@ -288,6 +288,22 @@ def test_scores_that_are_no_numbers(tmp_path: Path) -> None:
         list(judged([tmp_path / "judged.jsonl"], 0.5, 0))
 
 
+def test_a_score_of_hundreds_of_digits_is_refused_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "judged.jsonl").write_text(
+        '{"text": "a", "score": 1}\n{"text": "b", "score": 1%s}\n' % ("0" * 400)
+    )
+    with pytest.raises(InputError, match=r"line 2: score 10{39}; a finite number is needed"):
+        list(judged([tmp_path / "judged.jsonl"], 0.5, 0))
+
+
+def test_a_held_share_that_leaves_too_few_to_train_is_named(tmp_path: Path) -> None:
+    paths = judged_file(tmp_path / "judged.jsonl", documents(200))
+    with pytest.raises(InputError, match=r"held_share = 0\.99 leaves \d of 200 judged documents") as caught:
+        run(small(held_share=0.99), {"judged": paths}, tmp_path, Silent())
+    assert "lower held_share" in caught.value.hint
+    assert run(small(held_share=0.5), {"judged": paths}, tmp_path, Silent())["trained"] > 50
+
+
 def test_what_can_not_be_learned_is_refused(tmp_path: Path) -> None:
     def refused(name: str, rows: list[dict[str, object]], said: str) -> None:
         with pytest.raises(InputError, match=said):

@@ -11,6 +11,7 @@ import lzma
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_lines_of_an_old_mac(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1251", "utf-16"])
-@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("csv", ";"), ("tsv", "\t")])
+@pytest.mark.parametrize(("ending", "delimiter"), [("csv", ","), ("csv", ";"), ("csv", "\t")])
 def test_tables(tmp_path: Path, encoding: str, ending: str, delimiter: str) -> None:
     texts = [*TEXTS[:2], "Третий рассказ, подлиннее: мама мыла раму"]
     file = io.StringIO()
@@ -100,6 +101,23 @@ def test_tables(tmp_path: Path, encoding: str, ending: str, delimiter: str) -> N
     path = tmp_path / f"a.{ending}"
     path.write_bytes(file.getvalue().encode(encoding))
     assert [text.replace("\r\n", "\n") for text in read(path)] == texts
+
+
+@pytest.mark.parametrize("ending", ["tsv", "TSV"])
+def test_quotes_mean_nothing_between_tabs(tmp_path: Path, ending: str) -> None:
+    texts = ['"Hi there', "foo, bar; baz", 'bye"', '"so" he said', '""', "end"]
+    path = tmp_path / f"a.{ending}"
+    path.write_text("id\ttext\n" + "".join(f"{n}\t{text}\n" for n, text in enumerate(texts)) + "\n7\t\n")
+    assert read(path) == texts
+    path.write_text('text\tid\n"a cell\nof two lines"\t1\n')
+    with pytest.raises(InputError, match=r"line 2: 1 columns, and line 1 names 2: text, id") as caught:
+        read(path)
+    assert "name the file .csv" in caught.value.hint
+
+
+def test_a_row_may_leave_out_empty_cells_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text,note\n1,one,x\n2,two\n\n3,,\n")
+    assert read(tmp_path / "a.csv") == ["one", "two"]
 
 
 def test_parquet_and_its_kinds_of_text(tmp_path: Path) -> None:
@@ -117,8 +135,8 @@ def test_parquet_and_its_kinds_of_text(tmp_path: Path) -> None:
         ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: holds no document"),
         ("a.txt", b"text\n\0\0", r"a\.txt, line 2: a NUL byte"),
-        ("a.txt", gzip.compress(b"x"), r"a\.txt is a gzip file"),
-        ("a.jsonl.gz", gzip.compress(as_lines(TEXTS * 99))[:-12], r"a\.jsonl\.gz is damaged, cut off"),
+        ("a.txt", gzip.compress(b"x", mtime=0), r"a\.txt is a gzip file"),
+        ("a.jsonl.gz", gzip.compress(as_lines(TEXTS * 99), mtime=0)[:-12], r"a\.jsonl\.gz is damaged, cut off"),
         ("a.jsonl.gz", as_lines(TEXTS), r"a\.jsonl\.gz is damaged, .*Not a gzipped file"),
         ("a.jsonl.bz2", bz2.compress(as_lines(TEXTS))[:-9], r"a\.jsonl\.bz2 is damaged, cut off"),
         ("a.jsonl.bz2", as_lines(TEXTS), r"a\.jsonl\.bz2 is damaged"),
@@ -128,7 +146,14 @@ def test_parquet_and_its_kinds_of_text(tmp_path: Path) -> None:
         ("a.jsonl.zst", as_lines(TEXTS), r"a\.jsonl\.zst is damaged"),
         ("a.parquet", as_lines(TEXTS), r"a\.parquet is damaged, cut off"),
         ("a.csv", b"id,story\n1,x\n", r"a\.csv, line 1: no column 'text'; there: id, story"),
-        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, line 3: 1 columns; 'text' is column 2"),
+        ("a.csv", b"id,text\n1,x\n2\n", r"a\.csv, line 3: 1 columns, and line 1 names 2: id, text"),
+        ("a.csv", b"id,text\n1,x\n2,Hello, world\n", r"a\.csv, line 3: 3 columns, and line 1 names 2: id"),
+        ("a.csv", b'text\n"x\ny"\nHello, world\n', r"a\.csv, line 4: 2 columns, and line 1 names 1: text"),
+        ("a.tsv", b"id\ttext\n1\tx\ty\n", r"a\.tsv, line 2: 3 columns, and line 1 names 2"),
+        ("a.csv", b"id,text\r1,x\r2,y\r", r"a\.csv, line 1: lines that end in lone carriage returns"),
+        ("a.tsv", b"id\ttext\r1\tx\r", r"a\.tsv, line 1: lines that end in lone carriage returns"),
+        ("a.csv", b"id,text\n1,x\r2,y\n", r"a\.csv, line 2: not a table"),
+        ("a.jsonl", b'{"text": "x"}\r{"text": "y"}\r', r"a\.jsonl, line 1: lines that end in lone carriage"),
         ("a.csv", b'id,text\n1,"open\n2,y\n', r"a\.csv, line 3: not a table"),
         ("a.pkl", pickle.dumps(TEXTS), r"a\.pkl is unpickled, which runs what it holds"),
         ("a.zip", b"PK\x03\x04", r"a\.zip is an archive"),
@@ -255,6 +280,29 @@ def test_what_a_folder_left_out_is_told(tmp_path: Path) -> None:
     ]
 
 
+def test_links_to_folders_are_told_and_not_followed(tmp_path: Path) -> None:
+    lay(tmp_path, ["set/a.jsonl", "set/deep/b.jsonl", "other/c.jsonl"])
+    (tmp_path / "set" / "deep" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "set" / "file.jsonl").symlink_to(tmp_path / "other" / "c.jsonl")
+    report = Silent()
+    texts = ["text of set/a.jsonl", "text of set/deep/b.jsonl", "text of other/c.jsonl"]
+    assert list(documents_of([tmp_path / "set"], report=report)) == texts
+    link = "deep/link (a link to a folder; it is not followed)"
+    assert report.notes == [f"{tmp_path / 'set'}: 3 files read, 1 left out, such as {link}"]
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(InputError, match="behind links to folders, which are not followed: link"):
+        read(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"splits": "train"}', '{"splits": [1]}', "{}", "\xff"])
+def test_a_list_of_splits_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset_dict.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"dataset_dict\.json names no splits") as caught:
+        read(tmp_path)
+    assert caught.value.hint
+
+
 def test_subsets_that_are_not_there(tmp_path: Path) -> None:
     lay(tmp_path / "set", LAYOUTS["declared"])
     with pytest.raises(InputError, match=r"no subset 'tiny'; there: big, small, plain"):
@@ -319,6 +367,11 @@ def test_saved_datasets(tmp_path: Path) -> None:
         read(tmp_path / "one", "story")
     with pytest.raises(InputError, match="column 'id' holds int64, not text"):
         read(tmp_path / "one", "id")
+    for name, content in (("state.json", "[]"), ("state.json", "{}"), ("dataset_info.json", "[]")):
+        shutil.copytree(tmp_path / "one", tmp_path / "odd", dirs_exist_ok=True)
+        (tmp_path / "odd" / name).write_text(content)
+        with pytest.raises(InputError, match="is not as save_to_disk writes it"):
+            read(tmp_path / "odd")
     [arrow] = (tmp_path / "one").glob("*.arrow")
     os.truncate(arrow, arrow.stat().st_size // 2)
     with pytest.raises(InputError, match="one is damaged, cut off"):

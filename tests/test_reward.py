@@ -302,7 +302,7 @@ def test_what_is_no_reward_model_is_refused_by_name(tmp_path: Path) -> None:
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    refused(folder, r"1 unexpected \(first: v_head.weight\)")
+    refused(folder, r"1 not of this model \(first: v_head.weight\)")
     save_file(
         weights | {"score.weight": head * math.nan}, folder / "model.safetensors", metadata={"format": "pt"}
     )

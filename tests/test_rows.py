@@ -100,9 +100,9 @@ def test_position_alone_decides_the_row(position: int, seed: int) -> None:
 
 def test_long_conversations_are_counted_not_cut(tokenizer: Tokenizer) -> None:
     talks = [c["messages"] for c in chats(10)]
-    every, none = chat_rows(talks, tokenizer, 1000)
+    every, _, none = chat_rows(talks, tokenizer, 1000)
     limit = sorted(len(row["input_ids"]) for row in every)[4]
-    fewer, too_long = chat_rows(talks, tokenizer, limit)
+    fewer, _, too_long = chat_rows(talks, tokenizer, limit)
     assert none == 0 and len(fewer) + too_long == 10 and too_long > 0
     assert all(len(row["input_ids"]) <= limit for row in fewer)
     with pytest.raises(InputError, match="no conversation fits 3 tokens"):
@@ -139,7 +139,7 @@ def test_first_fit_loses_nothing_and_overfills_nothing(lengths: list[int], capac
 
 
 def test_joined_rows_hold_every_conversation_whole(tokenizer: Tokenizer) -> None:
-    rows, _ = chat_rows([c["messages"] for c in chats(30)], tokenizer, 128)
+    rows, *_ = chat_rows([c["messages"] for c in chats(30)], tokenizer, 128)
     for number, row in enumerate(rows):
         row["mark"] = np.full((len(row["input_ids"]), 2), number)
     joined = JoinedRows(rows, 128, seed=4)
@@ -182,7 +182,7 @@ def test_joined_rows_give_the_gradient_of_separate_ones(
         0,
     ).double()  # fmt: skip
     model.set_attn_implementation(attention)
-    rows, _ = chat_rows([c["messages"] for c in chats(12)], tokenizer, 128)
+    rows, *_ = chat_rows([c["messages"] for c in chats(12)], tokenizer, 128)
     for row in rows:  # every token but the first is counted
         row["labels"] = row["input_ids"].copy()
 

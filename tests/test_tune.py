@@ -138,7 +138,7 @@ def test_it_learns(folder: Path, tmp_path: Path) -> None:
 def test_accumulated_steps_equal_one_large_batch(folder: Path, tmp_path: Path) -> None:
     """Rows of unequal length: a mean per micro-batch would give another gradient."""
     tokenizer = Tokenizer(folder)
-    rows, _ = chat_rows((c["messages"] for c in chats(16)), tokenizer, 100)
+    rows, *_ = chat_rows((c["messages"] for c in chats(16)), tokenizer, 100)
     states = []
     for name, shape in {"whole": (8, 1), "parts": (2, 4)}.items():
         model = load(folder)

@@ -615,3 +615,87 @@ def test_real_tokenizers_in_every_mode(samovar_data: Path, tmp_path: Path, base:
         kept = base.shrunk(TokenizerJson.read(made).vocab.keys())
         for line in lines[:300]:
             assert kept.backend().encode(line).tokens == base.backend().encode(line).tokens
+
+
+HABITS: dict[str, Any] = {
+    "truncation": {"max_length": 6, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+    "padding": {
+        "strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "<|endoftext|>",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["extension", "optimised"])
+def test_habits_of_a_tokenizers_training_change_nothing(tmp_path: Path, mode: str) -> None:
+    """Truncation, padding and dropout of the file would cut lines, pad counts, and cut words at random."""
+    write_jsonl(tmp_path / "text.jsonl", ({"text": line} for line in LINES))
+    reports = []
+    for name in ("plain", "with habits"):
+        base = byte_base(tmp_path / name)
+        content = json.loads((base / "tokenizer.json").read_text())
+        if name != "plain":
+            content |= HABITS
+            content["model"]["dropout"] = 0.5
+        (base / "tokenizer.json").write_text(json.dumps(content))
+        out = tmp_path / f"{name}.out"
+        settings = Settings(mode=mode, add_tokens=10, pieces=200)
+        run(settings, {"model": base, "corpus": tmp_path / "text.jsonl"}, out, Silent())
+        reports.append((out / "report.json").read_text())
+    assert reports[0] == reports[1]
+    assert Tokenizer(tmp_path / "with habits.out" / "tokenizer").encode(LINES[0]) == (
+        Tokenizer(tmp_path / "plain.out" / "tokenizer").encode(LINES[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"continuing_subword_prefix": "##"}, "BPE with continuing_subword_prefix = '##' is not known here"),
+        ({"end_of_word_suffix": "</w>"}, "BPE with end_of_word_suffix = '</w>' is not known here"),
+        ({"vocab": {}, "merges": []}, "the vocabulary is empty"),
+    ],
+)
+def test_bpe_of_another_spelling_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    base = byte_base(tmp_path)
+    content = json.loads((base / "tokenizer.json").read_text())
+    content["model"] |= change
+    content["added_tokens"] = []
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=said):
+        TokenizerJson.read(base)
+
+
+def test_shrinking_alone_asks_for_no_script(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "text.jsonl", ({"text": line} for line in ENGLISH * 2))
+    inputs = {"model": byte_base(tmp_path / "base"), "corpus": tmp_path / "text.jsonl"}
+    figures = run(Settings(mode="optimised", add_tokens=0), inputs, tmp_path / "out", Silent())
+    assert figures["tokens_added"] == 0
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [
+        {"mode": "substitution", "vocab_tokens": 500, "add_tokens": 5},
+        {"mode": "substitution", "vocab_tokens": 500, "script": "[a-z]+"},
+        {"mode": "extension", "keep_from_uses": 5},
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(idle: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="no effect with mode"):
+        Settings(**idle)
+
+
+def test_a_script_that_the_base_always_splits_is_told_so(tmp_path: Path) -> None:
+    """Qwen's pre-tokenizer ends a word at a vowel sign of Devanagari: more text can not help."""
+    dice = random.Random(3)
+    words = [
+        "".join(dice.choice("कखगघचछजटडतथदनपबमयरलवसह") + dice.choice("ािीुूेैो") for _ in range(4))
+        for _ in range(90)
+    ]
+    write_jsonl(tmp_path / "text.jsonl", ({"text": " ".join(dice.choices(words, k=8))} for _ in range(300)))
+    inputs = {"model": byte_base(tmp_path / "base"), "corpus": tmp_path / "text.jsonl"}
+    settings = Settings(script="[ ऀ-ॿ]+", add_tokens=200, pieces=400)
+    with pytest.raises(InputError, match="split by the base's pre-tokenizer before any merge") as refused:
+        run(settings, inputs, tmp_path / "out", Silent())
+    assert "more text will not help" in (refused.value.hint or "")

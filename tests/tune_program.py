@@ -40,7 +40,7 @@ def main(folder: Path, out: Path) -> None:
     from accelerate import PartialState
 
     tokenizer = Tokenizer(folder)
-    rows, _ = chat_rows((c["messages"] for c in chats(16)), tokenizer, 100)
+    rows, *_ = chat_rows((c["messages"] for c in chats(16)), tokenizer, 100)
     settings = TuneSettings(steps=6, batch_rows=2, warmup_steps=0, checkpoint_every_steps=100)
 
     def trained(work: Path, report: Silent) -> None:

@@ -88,7 +88,8 @@ class Made:
         corpus = folder / "ru.jsonl"
         write_jsonl(corpus, [{"text": line} for line in lines or russian_lines()])
         self.out, self.report = folder / "out", Silent()
-        chosen: dict[str, Any] = {"add_tokens": 40, "pieces": 300} | changes
+        added = {} if changes.get("mode") == "substitution" else {"add_tokens": 40}
+        chosen: dict[str, Any] = {"pieces": 300} | added | changes
         self.figures = run(Settings(**chosen), {"model": base, "corpus": (corpus,)}, self.out, self.report)
         self.base, self.new = TokenizerJson.read(base), TokenizerJson.read(self.out / "tokenizer")
         self.before, self.after = self.base.backend(), self.new.backend()
