@@ -54,3 +54,8 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/synthesis.py --catalogue $(DATA)/instructions/exercises/exercises.json --work runs/synthesis
 	$(BIN)/python benchmarks/leave_one_out.py
 	$(BIN)/python benchmarks/layer_pruning.py
+	$(BIN)/python benchmarks/vocabulary.py
+	$(BIN)/python benchmarks/propagation_size.py --rows 150000 --hidden 4096 --result benchmarks/results/propagation_size.json
+	$(BIN)/python benchmarks/deduplication.py --megabytes 1000
+	$(BIN)/python benchmarks/quality_filter.py
+	$(BIN)/python benchmarks/adaptation.py
