@@ -74,12 +74,10 @@ def test_missing_file(tmp_path: Path) -> None:
         list(documents([tmp_path / "none.txt"]))
 
 
-def test_conversations_keep_role_and_content_only(tmp_path: Path) -> None:
+def test_conversations_keep_what_a_template_may_read(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "a", "extra": 1}, {"role": "assistant", "content": "b"}]
     write_jsonl(tmp_path / "c.jsonl", [{"messages": messages, "profile": {}}])
-    assert list(conversations([tmp_path / "c.jsonl"])) == [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ]
+    assert list(conversations([tmp_path / "c.jsonl"])) == [messages]
 
 
 @pytest.mark.parametrize(
