@@ -63,7 +63,8 @@ REMOVED = {"world": 4, "stories260k": 2}
 BEYOND = {
     "world": {},
     "stories260k": {
-        "task_healed_all": 'trains = "all"\nlogit_loss = "kl"\nsteps = 300\nlearning_rate = 1e-3\n'
+        "task_healed_all": 'label = "the same, all layers, KL, 300 steps"\n'
+        'trains = "all"\nlogit_loss = "kl"\nsteps = 300\nlearning_rate = 1e-3\n'
         "batch_rows = 16\nmax_tokens = 256"
     },
 }
