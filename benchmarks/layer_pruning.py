@@ -209,7 +209,7 @@ def main() -> int:
                 for report in ("methods", "losses"):
                     if (folder / report).is_dir():
                         found.setdefault(f"{data}, {report}", {})[str(seed)] = figures(folder, report)
-                    if seed == options.seeds[0] and (folder / report).is_dir():
+                    if (data, seed) == ("world", options.seeds[0]) and (folder / report).is_dir():
                         keep_pictures(folder / report, f"{data}-{report}")
                 found["machine"] = {"python": platform.python_version(), "cores": os.cpu_count()}
                 RESULT.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
@@ -218,7 +218,7 @@ def main() -> int:
 
 
 def keep_pictures(report: Path, name: str) -> None:
-    """The first seed's pictures, for docs/pruning.md."""
+    """The first seed's pictures of the world, for docs/pruning.md."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     for picture in ("score", "order", "frequency"):
         shutil.copyfile(report / f"{picture}.svg", PICTURES / f"{name}-{picture}.svg")
