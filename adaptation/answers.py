@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from foundation.chat import Chat
 from foundation.errors import ModelError
+from foundation.files import opened_for_lines
 from foundation.greedy import greedy
 from foundation.report import Report, Silent, stop_if_asked
 from foundation.rows import longest_first
@@ -42,21 +43,16 @@ class Ledger:
     def __init__(self, path: Path, report: Report) -> None:
         self._batches: dict[str, list[Answer]] = {}
         self._used: list[str] = []
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        whole = damaged = 0
-        for raw in path.read_bytes().splitlines(keepends=True):
-            if not raw.endswith(b"\n"):
-                break
-            whole += len(raw)
+        self._file = opened_for_lines(path)
+        self._file.seek(0)
+        damaged = 0
+        for raw in self._file:
             try:
                 key, answers = _read(raw)
             except (ValueError, TypeError, KeyError, RecursionError):
                 damaged += 1
             else:
                 self._batches[key] = answers
-        self._file = path.open("rb+")
-        self._file.truncate(whole)
         self._file.seek(0, os.SEEK_END)
         if damaged:
             report.note(

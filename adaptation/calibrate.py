@@ -73,7 +73,7 @@ class Settings(StageSettings):
                 f"copy_min_characters = {self.copy_min_characters} must be below "
                 f"copy_max_characters = {self.copy_max_characters}"
             )
-        if self.script == "any" and self.script_share != type(self).model_fields["script_share"].default:
+        if self.script == "any" and self.changed(["script_share"]):
             wrong.append("script_share has no effect with script = 'any'")
         if wrong:
             raise ValueError("; ".join(wrong))

@@ -52,7 +52,7 @@ class Settings(StageSettings):
 
     @model_validator(mode="after")
     def _decay_has_an_effect(self) -> Settings:
-        if self.weighting != "exponential" and self.decay != type(self).model_fields["decay"].default:
+        if self.weighting != "exponential" and self.changed(["decay"]):
             raise ValueError(f"decay: no effect with weighting = {self.weighting!r}; leave it out")
         return self
 
@@ -94,13 +94,14 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     """Give `model` the vocabulary of `tokenizer`; writes out/model."""
     model, new = Model.read_folder(one(inputs, "model")), TokenizerJson.read(one(inputs, "tokenizer"))
     old, files = model.tokenizer, model.files
-    if HEAD not in files and not read_config(model.folder).get("tie_word_embeddings", True):
+    config = read_config(model.folder)
+    if HEAD not in files and not config.get("tie_word_embeddings", True):
         raise ModelError(
             f"{model.folder}: no {HEAD}, but config.json says that head and embeddings are not tied",
             hint="copy config.json and weights from the same model",
         )
     rows = Rows.between(new, old, model.shape[0], settings.rows_multiple_of)
-    config = follow_ids(read_config(model.folder), old, new)
+    config = follow_ids(config, old, new)
     if settings.weighting != "random":
         _note_unknown(list(rows.made.values()), old, report)
     apart = settings.weighting == "random" and model.own_head

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from foundation.markdown import MARKS, inline, table
+
 Found = dict[str, Any]
+WORD_MARKS = MARKS + "_#"  # a token may begin or end with one
 ABOUT = {
     "extension": "The base's tokens keep their ids; new tokens follow.",
     "substitution": "A new vocabulary: of the base's only bytes or characters and control tokens are left.",
@@ -43,7 +45,7 @@ def _sizes(found: Found) -> str:
         **{f"pieces dropped: {why}": count for why, count in words["dropped"].items()},
         "lines learnt from": found["lines_learnt_from"],
     }
-    return _table(["", ""], [[name, f"{count:,}"] for name, count in rows.items()])
+    return table(["", ""], [[name, f"{count:,}"] for name, count in rows.items()], 1, WORD_MARKS)
 
 
 def _held(held: Found) -> str:
@@ -55,7 +57,7 @@ def _held(held: Found) -> str:
         rows.append(cells)
     head = ["file", "lines", "words", "tokens per word", "after", "characters per token", "after",
             "words in one token", "after"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows, 1, WORD_MARKS)
 
 
 def _words(words: Found) -> str:
@@ -74,13 +76,14 @@ def _words(words: Found) -> str:
                 [row["word"], str(row["times"]), " ".join(row["before"]), " ".join(row["after"])]
                 for row in listed
             ]
-            parts += [f"### {title}", _table(["word", "times", "before", "after"], rows)]
+            parts += [f"### {title}", table(["word", "times", "before", "after"], rows, 1, WORD_MARKS)]
     return "\n\n".join(parts)
 
 
 def _line(line: Found) -> str:
-    said = [f"> {_inline(line['line'])}", ""]
-    said += [f"- {when}, {len(line[when])}: {_inline(' '.join(line[when]))}" for when in ("before", "after")]
+    said = [f"> {inline(line['line'], WORD_MARKS)}", ""]
+    for when in ("before", "after"):
+        said.append(f"- {when}, {len(line[when])}: {inline(' '.join(line[when]), WORD_MARKS)}")
     return "\n".join(said)
 
 
@@ -88,17 +91,3 @@ def _number(value: float | None, digits: int) -> str:
     if value is None:
         return "none"
     return f"{100 * value:.1f} %" if digits == 1 else f"{value:.{digits}f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column stands at the left."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *[[_inline(cell) for cell in row] for row in rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _inline(text: str) -> str:
-    """`text` as one line of Markdown that makes no cell, link, picture or tag of what a corpus holds."""
-    line = " ".join(text.split())
-    for mark in "\\|<`[]*_#":
-        line = line.replace(mark, f"\\{mark}")
-    return line

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from adaptation.tokenizer_json import BYTE_TOKEN, SPACE, TokenizerJson, byte_alphabet, from_byte_level
+from adaptation.tokenizer_json import BYTE_TOKEN, SPACE, TokenizerJson, from_byte_level, spelt_bytes
 from foundation.errors import ModelError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _spelt(raw: bytes | None, tokenizer: TokenizerJson) -> str | None:
     if raw is None:
         return None
     if tokenizer.family == "bytes":
-        return "".join(byte_alphabet()[byte] for byte in raw)
+        return spelt_bytes(raw)
     try:
         return raw.decode().replace(" ", SPACE)
     except UnicodeDecodeError:

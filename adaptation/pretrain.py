@@ -64,7 +64,6 @@ class Settings(TuneSettings):
 
     @model_validator(mode="after")
     def _parts_go_together(self) -> Settings:
-        fields = type(self).model_fields
         if repeated := sorted({part for part in self.trains if self.trains.count(part) > 1}):
             raise ValueError(f"trains names {', '.join(repeated)} more than once")
         if {"lora", "layers"} <= set(self.trains):
@@ -75,10 +74,8 @@ class Settings(TuneSettings):
             raise ValueError(
                 f"rows = 'new' is of embeddings and head, but trains = {self.trains}; add one of them"
             )
-        if "lora" not in self.trains:
-            idle = [name for name in OF_ADAPTERS if getattr(self, name) != fields[name].default]
-            if idle:
-                raise ValueError(f"{', '.join(idle)}: no effect without 'lora' in trains")
+        if "lora" not in self.trains and (idle := self.changed(OF_ADAPTERS)):
+            raise ValueError(f"{', '.join(idle)}: no effect without 'lora' in trains")
         if self.weights:
             try:
                 check_weights(self.weights, len(self.weights))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.errors import ModelError
 from foundation.files import read_json, write_atomic
-from foundation.tokenizer import copy_tokenizer
+from foundation.tokenizer import copy_tokenizer, without_habits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -112,11 +112,7 @@ class TokenizerJson:
         return single | (self.vocab.keys() & always)
 
     def backend(self) -> Tokenizer:
-        """The tokenizers library's tokenizer of this content, made once and never set up otherwise.
-
-        What the file says of truncation, padding and dropout is how somebody trained with it: texts that are
-        cut, or cut up at random, could not be counted.
-        """
+        """The tokenizers library's tokenizer of this content, made once and never set up otherwise."""
         return self._backend
 
     @cached_property
@@ -124,13 +120,9 @@ class TokenizerJson:
         from tokenizers import Tokenizer
 
         try:
-            made = Tokenizer.from_str(json.dumps(self.content))
+            return without_habits(Tokenizer.from_str(json.dumps(self.content)))
         except Exception as error:  # the library raises nothing narrower
             raise ModelError(f"{self.folder}: tokenizer.json can not be used: {error}") from None
-        made.no_truncation()
-        made.no_padding()
-        made.model.dropout = None
-        return made
 
     def extended(self, tokens: list[str], merges: list[Pair]) -> TokenizerJson:
         """`tokens` under the ids from `size` on, in their order, and `merges` instead of the present ones.
@@ -201,8 +193,13 @@ def byte_alphabet() -> tuple[str, ...]:
 
 def to_byte_level(text: str) -> str:
     """`text` as byte-level BPE spells it."""
+    return spelt_bytes(text.encode("utf-8"))
+
+
+def spelt_bytes(raw: bytes) -> str:
+    """`raw`, whole characters or not, as byte-level BPE spells it."""
     alphabet = byte_alphabet()
-    return "".join(alphabet[byte] for byte in text.encode("utf-8"))
+    return "".join(alphabet[byte] for byte in raw)
 
 
 def from_byte_level(token: str) -> bytes:

@@ -92,12 +92,7 @@ class Settings(StageSettings):
         if self.mode == "extension" and not self.add_tokens:
             raise ValueError("mode = 'extension' with add_tokens = 0 would change nothing")
         idle = {"substitution": ("add_tokens", "script", "keep_from_uses"), "extension": ("keep_from_uses",)}
-        changed = [
-            name
-            for name in idle.get(self.mode, ())
-            if getattr(self, name) != type(self).model_fields[name].default
-        ]
-        if changed:
+        if changed := self.changed(idle.get(self.mode, ())):
             raise ValueError(f"{', '.join(changed)}: no effect with mode = {self.mode!r}; leave it out")
         return self
 

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -23,6 +22,7 @@ from pydantic import Field, model_validator
 from foundation.errors import InputError
 from foundation.files import read_json, write_json, writing
 from foundation.report import Report, stop_if_asked
+from foundation.rows import batches_of
 from foundation.settings import StageSettings
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def score_rows(
     for path in paths:
         counts.append(0)
         read_bytes, size_bytes = 0, path.stat().st_size
-        for chunk in _chunks(read(path), chunk_rows):
+        for chunk in batches_of(read(path), chunk_rows):
             if seen >= done:
                 stop_if_asked(report)
                 _append(store, score([row.content for row in chunk]), len(chunk))
@@ -160,12 +160,6 @@ def score_rows(
         before_bytes += size_bytes
     report.progress(total_bytes, total_bytes, "byte")
     return np.memmap(store, dtype=np.float32, mode="r"), counts
-
-
-def _chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, size)):
-        yield chunk
 
 
 def _resume(store: Path, mark: Path) -> int:

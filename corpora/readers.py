@@ -71,14 +71,6 @@ class Choice:
     encoding: str = AUTO
 
 
-def documents_of(
-    paths: Iterable[Path], field: str = "text", *, split: str = "train", subset: str = "", report: Report
-) -> Iterator[str]:
-    """The documents of all `paths`, in their order. Raises InputError where a source is not as it should be."""
-    for source in sources_of(paths, Choice(field, split, subset), report):
-        yield from documents_in(source)
-
-
 def documents_in(source: Source) -> Iterator[str]:
     """The documents of one source. Raises InputError when it has none."""
     found = False

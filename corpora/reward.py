@@ -18,6 +18,7 @@ from corpora.choose import Choice, Row, filter_rows
 from corpora.reward_model import RewardModel
 from foundation.dataio import Message, conversations, lines
 from foundation.report import Report
+from foundation.rows import longest_first
 from foundation.stage import Figures, Inputs, many, one
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def scores(model: RewardModel, chunk: list[list[Message]], longest: int, batch_r
     rows = [model.encode(messages) for messages in chunk]
     found = np.full(len(rows), np.nan, dtype=np.float32)
     fitting = [number for number, row in enumerate(rows) if len(row.ids) <= longest]
-    fitting.sort(key=lambda number: (len(rows[number].ids), number))
-    for start in range(0, len(fitting), batch_rows):
-        batch = fitting[start : start + batch_rows]
+    for places in longest_first([len(rows[number].ids) for number in fitting], batch_rows):
+        batch = [fitting[place] for place in places]
         found[batch] = model.scores([rows[number] for number in batch])
     return found

@@ -64,9 +64,8 @@ class Settings(StageSettings):
     @model_validator(mode="after")
     def _only_what_has_an_effect(self) -> Settings:
         silent = {"top_k": ("draws", "power"), "sampled": ("top_k", "mass")}[self.support]
-        for name in silent:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} has no effect with support = {self.support!r}")
+        for name in self.changed(silent):
+            raise ValueError(f"{name} has no effect with support = {self.support!r}")
         return self
 
     @property

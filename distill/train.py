@@ -66,13 +66,11 @@ class Settings(TuneSettings):
 
     @model_validator(mode="after")
     def _only_what_has_an_effect(self) -> Settings:
-        fields = type(self).model_fields.items()
-        changed = {name for name, field in fields if getattr(self, name) != field.default}
-        if self.loss == "ce" and (idle := [name for name in OF_A_TEACHER if name in changed]):
+        if self.loss == "ce" and (idle := self.changed(OF_A_TEACHER)):
             raise ValueError(f"{', '.join(idle)}: no effect with loss = 'ce'; set loss = 'published_code'")
         if self.loss != "ce" and self.kl_lambda == 0:
             raise ValueError("kl_lambda = 0 takes nothing from the teacher; set loss = 'ce'")
-        if not self.lora_rank and (idle := [name for name in OF_ADAPTERS if name in changed]):
+        if not self.lora_rank and (idle := self.changed(OF_ADAPTERS)):
             raise ValueError(f"{', '.join(idle)}: of LoRA's base alone; set lora_rank, or leave it out")
         if self.packing and self.backend == "unsloth":
             raise ValueError(

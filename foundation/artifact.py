@@ -33,7 +33,16 @@ from pathlib import Path
 from typing import Any
 
 from foundation.errors import ArtifactError
-from foundation.files import TEMPORARY, read_json, sha256_file, sync_folder, tree_digest, write_json, writing
+from foundation.files import (
+    TEMPORARY,
+    read_json,
+    reading_suffix,
+    sha256_file,
+    sync_folder,
+    tree_digest,
+    write_json,
+    writing,
+)
 from foundation.stage import Figures
 
 FORMAT = 1
@@ -83,7 +92,7 @@ class Manifest:
     def role_digest(self, path: str) -> str:
         """Content digest of the file or folder `path` in the artifact, as DigestCache.content gives it."""
         if path in self.files:
-            return tree_digest([(Path(path).suffix, self.files[path][1])])
+            return tree_digest([(reading_suffix(Path(path)), self.files[path][1])])
         inside = {name.removeprefix(path + "/"): entry for name, entry in self.files.items()
                   if name.startswith(path + "/")}  # fmt: skip
         visible = [(name, entry[1]) for name, entry in inside.items() if not _hidden(name)]

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from foundation.errors import InputError, RunError, SamovarError
 
@@ -157,6 +157,26 @@ def stamps(path: Path) -> Stamps:
     return found
 
 
+def opened_for_lines(path: Path) -> BinaryIO:
+    """The file, made where there is none, for reading and appending; cut after its last whole line.
+
+    A kill can tear the line that was being written, and no other.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    file = path.open("rb+")
+    whole = 0
+    for raw in file:
+        whole += len(raw) if raw.endswith(b"\n") else 0
+    file.truncate(whole)
+    return file
+
+
+def reading_suffix(path: Path) -> str:
+    """The end of a name that says how the file is read: its suffix, of a packed file the one before it too."""
+    return "".join(path.suffixes[-2:]) if path.suffix.lower() in PACKED else path.suffix
+
+
 class DigestCache:
     """sha256 of files, remembered in one JSON file as {path: [size, mtime_ns, sha256]}.
 
@@ -201,8 +221,7 @@ class DigestCache:
             return tree_digest((name, self.sha256(path / name)) for name in names)
         if not path.is_file():
             raise InputError(f"{path} is not there", hint="check the path; it is read from the recipe's folder")
-        packed = path.suffix.lower() in PACKED
-        return tree_digest([("".join(path.suffixes[-2:]) if packed else path.suffix, self.sha256(path))])
+        return tree_digest([(reading_suffix(path), self.sha256(path))])
 
     def save(self) -> None:
         """Write what was learned, if anything was and a store was named."""

@@ -46,9 +46,9 @@ class HealSettings(TuneSettings):
             "logit_temperature": (self.logit_loss == "kl_scaled", "logit_loss = 'kl_scaled'"),
             "hidden_weight": (self.hidden_loss != "none", "a hidden_loss"),
         }
-        fields = HealSettings.model_fields
-        for name, (used, where) in needs.items():
-            if not used and getattr(self, name) != fields[name].default:
+        for name in self.changed(needs):
+            used, where = needs[name]
+            if not used:
                 raise ValueError(f"{name} has no effect but with {where}; leave it out")
         return self
 

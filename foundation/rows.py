@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, "np.ndarray"]
 Item = TypeVar("Item", covariant=True)
+T = TypeVar("T")
 Marks = Callable[[Sequence[str], Sequence[Sequence[int]]], Iterable["np.ndarray"]]
 """(documents, the ids of each, boundary token included) -> for each a bool a token [T]"""
 
@@ -142,9 +143,9 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, marks: Marks | None) ->
             yield (np.asarray(ids, dtype=np.int64) + MARK * marked).tolist()
 
 
-def batches_of(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """`texts` in lists of `size`, the last one shorter."""
-    source = iter(texts)
+def batches_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """`items` in lists of `size`, the last one shorter."""
+    source = iter(items)
     while batch := list(islice(source, size)):
         yield batch
 

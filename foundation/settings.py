@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -14,3 +16,7 @@ class StageSettings(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
 
     seed: int = Field(17, ge=0, lt=2**31, description="seed of all randomness in this stage")
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that have another value than their default: what a setting without effect is."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]

@@ -13,9 +13,12 @@ import json
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foundation.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,6 +26,18 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+
+
+def without_habits(backend: Backend) -> Backend:
+    """A tokenizer of the tokenizers library without the truncation, padding and dropout that its file carries.
+
+    They are how somebody trained with it: texts would be cut, filled up, or cut up at random.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    if getattr(backend.model, "dropout", None) is not None:
+        backend.model.dropout = None
+    return backend
 
 
 class Tokenizer:
@@ -39,14 +54,9 @@ class Tokenizer:
             )
         self.folder = folder
         try:
-            self._backend = Backend.from_file(str(path))
+            self._backend = without_habits(Backend.from_file(str(path)))
         except Exception as error:  # the library raises a bare Exception on a malformed file
             raise ModelError(f"{path}: can not be read as a tokenizer ({error})") from None
-        # Some files carry the habits of whoever trained with them: texts would be cut, or cut up at random.
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        if getattr(self._backend.model, "dropout", None) is not None:
-            self._backend.model.dropout = None
         named = _json(folder / "special_tokens_map.json")  # older folders name bos and eos here alone
         self.config = {**named, **_json(folder / "tokenizer_config.json")}
 

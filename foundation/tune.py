@@ -85,8 +85,7 @@ class TuneSettings(StageSettings):
     @model_validator(mode="after")
     def _schedule_fits(self) -> TuneSettings:
         """Refuse a decay that has no schedule, and one that begins before the warm-up ends."""
-        share = TuneSettings.model_fields["decay_share"].default
-        if self.schedule != "wsd" and self.decay_share != share:
+        if self.schedule != "wsd" and self.changed(["decay_share"]):
             raise ValueError(f"decay_share has no effect with schedule = {self.schedule!r}; set 'wsd'")
         if self.schedule == "wsd" and self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(

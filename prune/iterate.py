@@ -82,8 +82,7 @@ class Settings(TargetSettings, ScoringSettings, HealSettings):
             idle = [
                 name for name in HealSettings.model_fields if name not in ("seed", "checkpoint_every_steps")
             ]
-            fields = type(self).model_fields
-            if changed := [name for name in idle if getattr(self, name) != fields[name].default]:
+            if changed := self.changed(idle):
                 raise ValueError(f"{', '.join(changed)}: no effect with heals = false")
         if self.importance == "angular" and not self.rescore and self.layers_per_step > 1:
             raise ValueError("importance = 'angular' removes one block a step: set rescore = true")

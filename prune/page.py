@@ -5,8 +5,9 @@ Tables first by depth (all methods where all can be compared), then by method, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+from foundation.markdown import inline, table
 
 Found = dict[str, Any]
 
@@ -14,7 +15,7 @@ Found = dict[str, Any]
 def page(found: Found) -> str:
     """The Markdown of report.json's content. Pictures are named, and lie beside the page."""
     parts = [
-        f"# {_inline(found['title'])}",
+        f"# {inline(found['title'])}",
         _about(found),
         "## Score against layers removed",
         _curve(found),
@@ -31,7 +32,7 @@ def page(found: Found) -> str:
 def _about(found: Found) -> str:
     original = found["models"]["original"]
     runs, methods = len(found["runs"]), len(found["methods"])
-    named = ", ".join(f"{_inline(name)} ({items} items)" for name, items in found["tasks"].items())
+    named = ", ".join(f"{inline(name)} ({items} items)" for name, items in found["tasks"].items())
     return (
         f"{counted(runs, 'run')} of {counted(methods, 'method')} on a model of {original['layers']} layers, "
         f"{sized(original['parameters'])} parameters, {_megabytes(original)} MB as GGUF {_type(found)}. "
@@ -73,7 +74,7 @@ def _same_depth(found: Found) -> str:
     runs = ["runs"] if several else []
     head = ["model", "layers", *runs, "score (95 % interval)", "less the original's", *tasks]
     about = f"{counted(depth, 'layer')} of {original['layers']} removed, the most that all runs reached."
-    return f"{about}\n\n{_table(head, rows, left=1)}"
+    return f"{about}\n\n{table(head, rows, left=1)}"
 
 
 def _dense(found: Found) -> str:
@@ -92,8 +93,8 @@ def _dense(found: Found) -> str:
         lead = near["difference"]["mean"]
         sure = "" if _excludes_zero(near["difference"]) else ", which does not tell them apart"
         line = (
-            f"- **{_inline(method['label'])}** without {counted(row['layers_removed'], 'layer')}: "
-            f"{sized(row['parameters'])} parameters. The nearest dense model is {_inline(near['name'])} "
+            f"- **{inline(method['label'])}** without {counted(row['layers_removed'], 'layer')}: "
+            f"{sized(row['parameters'])} parameters. The nearest dense model is {inline(near['name'])} "
             f"with {sized(model['parameters'])}, {near['times_parameters']:.2f} times as many, "
             f"and scores {model['score']['mean']:.3f}: the pruned one, at {row['score']['mean']:.3f}, is "
             f"{abs(lead):.3f} {'above' if lead > 0 else 'below'} it: {_difference(near['difference'])}{sure}"
@@ -128,7 +129,7 @@ def _method(found: Found, method: Found) -> str:
         f"{'measured afresh after each removal' if how['rescore'] else 'measured once'}; "
         f"{'healed after each removal' if how['heals'] else 'not healed'}."
     )
-    return f"### {_inline(method['label'])}\n\n{said}\n\n{_table(head, rows)}"
+    return f"### {inline(method['label'])}\n\n{said}\n\n{table(head, rows)}"
 
 
 def _removed(found: Found) -> str:
@@ -145,7 +146,7 @@ def _removed(found: Found) -> str:
     runs = len(found["runs"])
     return "\n\n".join([
         f"Layers have the original's numbers, 0 to {found['layers'] - 1}; those joined by + went in one step.",
-        _table(["run", "first to last"], rows, left=2),
+        table(["run", "first to last"], rows, left=2),
         "![Step at which each layer was removed, a row a run](order.svg)",
         f"Most often removed, in {most} of {counted(runs, 'run')}: {often}. Never: {never or 'none'}.",
         "![How often each layer was removed](frequency.svg)",
@@ -165,21 +166,6 @@ def _made(found: Found) -> str:
 
 
 # ------------------------------------------------------------------------------------------- in words
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 0) -> str:
-    """A Markdown table; the first `left` columns are text, the others stand at the right."""
-    rule = ["---" if place < left else "---:" for place in range(len(head))]
-    lines = [[_inline(cell) for cell in head], rule, *([_inline(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _inline(text: str) -> str:
-    """`text` as one line of Markdown that makes no cell, link, picture or tag of what a label holds."""
-    line = " ".join(text.split())
-    for mark in "\\|<`[]*":
-        line = line.replace(mark, f"\\{mark}")
-    return line
 
 
 def _interval(score: Found) -> str:

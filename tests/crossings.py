@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import TEXTS
+from tiny import SHAPE, TEXTS
 
 from adaptation.scratch import train_tokenizer
 from foundation.model import create, save
@@ -36,22 +36,7 @@ def substituted_tokenizer(folder: Path) -> Path:
 
 def model_with(tokenizer: Path, folder: Path, rows: int, *, seed: int, **changes: object) -> Path:
     """A loud random Llama with `rows` rows of embeddings, in `folder`."""
-    config: dict[str, object] = {
-        "model_type": "llama",
-        "vocab_size": rows,
-        "num_hidden_layers": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    config = SHAPE | {"vocab_size": rows, "num_hidden_layers": 2, "initializer_range": 0.2}
     save(create({**config, **changes}, seed), tokenizer, folder)
     return folder
 

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from reports import StopsOnceTold
 from tiny import chats, tiny_model
 
 from adaptation import answers as answering
@@ -199,16 +200,7 @@ def test_other_filters_ask_nothing_again(
 
 
 def test_a_stop_loses_nothing(model: Path, prompts: Path, tmp_path: Path) -> None:
-    class Watch(Silent):
-        said: list[tuple[int, int, str]] = []  # noqa: RUF012
-
-        def progress(self, done: int, total: int, unit: str = "step", **figures: float) -> None:
-            self.said.append((done, total, unit))
-
-        def stop_requested(self) -> bool:
-            return len(self.said) == 2
-
-    report = Watch()
+    report = StopsOnceTold(2)
     with pytest.raises(StopRequested):
         made(model, prompts, tmp_path, report)
     assert report.said == [(3, 12, "prompt"), (6, 12, "prompt")]

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from reports import StopsAfter
 
 import corpora.choose
 import corpora.filter
@@ -187,18 +188,6 @@ def test_a_share_takes_the_same_texts_in_any_order_of_files(tmp_path: Path) -> N
         assert figures["kept"] == 24
         kept.append({str(row["text"]) for row in rows_of(tmp_path / name / "text.jsonl")})
     assert kept[0] == kept[1]
-
-
-class StopsAfter(Silent):
-    """Asks for a stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        super().__init__()
-        self.left = questions
-
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def test_stops_and_torn_writes_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from reports import StopsOnceTold
 
 from foundation.errors import InputError, ModelError, StopRequested
 from foundation.greedy import greedy
@@ -109,16 +110,7 @@ def test_rows_that_ended_cost_nothing() -> None:
 
 
 def test_progress_and_stop() -> None:
-    class Watch(Silent):
-        said: list[tuple[int, int, str]] = []  # noqa: RUF012
-
-        def progress(self, done: int, total: int, unit: str = "step", **figures: float) -> None:
-            self.said.append((done, total, unit))
-
-        def stop_requested(self) -> bool:
-            return len(self.said) == 2
-
-    report = Watch()
+    report = StopsOnceTold(2)
     with pytest.raises(StopRequested):
         greedy(
             random_model("llama"), random_prompts(), answer_tokens=2, stop_ids=frozenset(), pad_id=0,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from reading import texts_of
 
-from corpora.readers import documents_of
 from foundation.errors import InputError, MissingError
 from foundation.files import DigestCache
 from foundation.report import Silent
@@ -52,7 +52,7 @@ def test_a_dataset_is_taken_from_the_cache_and_read(cache: Path, tmp_path: Path,
     value = "datasets/tea/leaves" + f"@{revision}" * (revision != "main")
     for download in (False, True):
         assert find_input(value, tmp_path, download) == (snapshot,)
-    texts = list(documents_of([snapshot], report=Silent()))
+    texts = texts_of([snapshot], Silent())
     assert texts == [f"text of {name}" for name in SHARDS[:2]]
 
 

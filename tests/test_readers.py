@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from reading import texts_of
 
 from corpora import encodings
 from corpora.folders import inferred
-from corpora.readers import Choice, documents_in, documents_of, sources_of
+from corpora.readers import Choice, documents_in, sources_of
 from foundation import dataio
 from foundation.errors import InputError
 from foundation.report import Silent
@@ -30,7 +31,7 @@ import pyarrow.parquet as parquet  # noqa: E402
 
 
 def read(path: Path, field: str = "text", **more: str) -> list[str]:
-    return list(documents_of([path], field, report=Silent(), **more))
+    return texts_of([path], Silent(), field=field, **more)
 
 
 def as_lines(texts: list[str], encoding: str = "utf-8", field: str = "text") -> bytes:
@@ -274,7 +275,7 @@ def test_what_a_folder_left_out_is_told(tmp_path: Path) -> None:
     for name in ("LICENSE", "script.py"):
         (tmp_path / "set" / name).write_text("raise SystemExit")
     report = Silent()
-    assert list(documents_of([tmp_path / "set"], report=report)) == ["text of train.jsonl"]
+    assert texts_of([tmp_path / "set"], report) == ["text of train.jsonl"]
     assert report.notes == [
         f"{tmp_path / 'set'}: 1 files read, 3 left out, such as test.jsonl, LICENSE, script.py"
     ]
@@ -286,7 +287,7 @@ def test_links_to_folders_are_told_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "set" / "file.jsonl").symlink_to(tmp_path / "other" / "c.jsonl")
     report = Silent()
     texts = ["text of set/a.jsonl", "text of set/deep/b.jsonl", "text of other/c.jsonl"]
-    assert list(documents_of([tmp_path / "set"], report=report)) == texts
+    assert texts_of([tmp_path / "set"], report) == texts
     link = "deep/link (a link to a folder; it is not followed)"
     assert report.notes == [f"{tmp_path / 'set'}: 3 files read, 1 left out, such as {link}"]
     (tmp_path / "bare").mkdir()

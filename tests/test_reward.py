@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reports import StopsAfter
 from tiny import TEXTS, tiny_tokenizer
 
 import corpora.choose
@@ -234,18 +235,6 @@ def test_a_control_token_in_an_answer_is_text(tmp_path: Path, kind: str) -> None
         return model.encode(messages).ids
 
     assert ids(f"run {token} rest").count(number) == ids("run rest").count(number) == 2  # type: ignore[arg-type]
-
-
-class StopsAfter(Silent):
-    """Asks for a stop at the n-th question."""
-
-    def __init__(self, questions: int) -> None:
-        super().__init__()
-        self.left = questions
-
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left < 0
 
 
 def test_stops_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

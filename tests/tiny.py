@@ -15,6 +15,21 @@ TEXTS = [
 ] * 20
 
 
+SHAPE: dict[str, object] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # of config.json, less layers and vocabulary
+
+
 def tiny_tokenizer(folder: Path, vocab_tokens: int = 400) -> Path:
     """A byte-level BPE tokenizer with ChatML in `folder`."""
     train_tokenizer(TEXTS, vocab_tokens, 128, folder)
@@ -24,21 +39,7 @@ def tiny_tokenizer(folder: Path, vocab_tokens: int = 400) -> Path:
 def tiny_model(folder: Path, *, seed: int = 0, layers: int = 3, **changes: object) -> Path:
     """A random Llama of some 50k parameters with its tokenizer in `folder`."""
     tokenizer = tiny_tokenizer(folder / "made")
-    config: dict[str, object] = {
-        "model_type": "llama",
-        "vocab_size": 400,
-        "num_hidden_layers": layers,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    config: dict[str, object] = SHAPE | {"vocab_size": 400, "num_hidden_layers": layers}
     model = create({**config, **changes}, seed)
     save(model, tokenizer, folder)
     return folder

@@ -13,10 +13,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from distill.synthesize.asks import Ask, Reply, Teacher
 from foundation.errors import InputError
+from foundation.files import opened_for_lines
 from foundation.report import Report
 
 SYNC_SECONDS = 2.0  # what a loss of power may cost; a kill costs nothing that was written
@@ -29,7 +29,7 @@ class Ledger:
         """Read what is there. Raises InputError when a file of `older` is not a ledger."""
         self._at: dict[str, tuple[int, int]] = {}  # key -> (file, offset)
         self._used: set[str] = set()
-        self._file = _opened(path)
+        self._file = opened_for_lines(path)
         self._files = [self._file, *(source.open("rb") for source in older)]
         for number, source in enumerate(older, 1):
             for line, _ in self._scan(number):
@@ -112,18 +112,6 @@ class Ledger:
         self.sync()
         for file in self._files:
             file.close()
-
-
-def _opened(path: Path) -> BinaryIO:
-    """The file for reading and appending, cut after its last whole line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    file = path.open("rb+")
-    whole = 0
-    for raw in file:
-        whole += len(raw) if raw.endswith(b"\n") else 0
-    file.truncate(whole)
-    return file
 
 
 def _line(key: str, reply: Reply) -> bytes:
