@@ -44,6 +44,7 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/kill_capture.py --trials 30 --result benchmarks/results/kill_capture.json
 	$(BIN)/python benchmarks/kill_training.py --trials 30 --result benchmarks/results/kill_training.json
 	$(BIN)/python benchmarks/kill_pruning.py --trials 30 --result benchmarks/results/kill_pruning.json
+	$(BIN)/python benchmarks/kill_corpora.py --trials 40 --result benchmarks/results/kill_corpora.json
 	$(BIN)/python benchmarks/teacher152k.py
 	$(BIN)/python benchmarks/store_sizes.py
 	$(BIN)/python benchmarks/sampled_entries.py

@@ -11,12 +11,11 @@ goes: killing.py.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from killing import Victim, digests, main
+from killing import Victim, counted_words, digests, main, words_told
 
 HEALING = {"steps": 8, "batch_rows": 4, "warmup_steps": 2, "learning_rate": 1e-3, "checkpoint_every_steps": 2}
 KINDS: dict[str, dict[str, Any]] = {
@@ -88,7 +87,7 @@ class Pruning(Victim):
         )  # fmt: skip
 
     def done(self, out: Path) -> int:
-        return _words(out).stat().st_size if _words(out).is_file() else 0
+        return words_told(_words(out))
 
     def result(self, out: Path) -> dict[str, str]:
         from prune.steps import read_steps
@@ -119,23 +118,6 @@ def during(out: Path) -> str:
     else:
         act = "scoring"
     return f"step {whole + 1}, {act}" if act != "the result" else act
-
-
-def counted_words(path: Path) -> Any:
-    """A Report that adds a byte to `path` whenever something is told."""
-    from foundation.report import Silent
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    class Words(Silent):
-        def progress(self, done: int, total: int, unit: str = "step", **figures: float) -> None:
-            os.write(file, b".")
-
-        def note(self, text: str) -> None:
-            os.write(file, b".")
-
-    return Words()
 
 
 def _words(out: Path) -> Path:
