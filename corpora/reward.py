@@ -16,7 +16,7 @@ from pydantic import Field
 
 from corpora.choose import Choice, Row, filter_rows
 from corpora.reward_model import RewardModel
-from foundation.dataio import Message, conversations, lines
+from foundation.dataio import Message, blaming, conversations, lines
 from foundation.report import Report
 from foundation.rows import longest_first
 from foundation.stage import Figures, Inputs, many, one
@@ -84,7 +84,10 @@ def scores(model: RewardModel, chunk: list[list[Message]], longest: int, batch_r
     """Rewards float32 [N] of a chunk, in batches of similar length; NaN for what is longer than `longest`."""
     import numpy as np
 
-    rows = [model.encode(messages) for messages in chunk]
+    rows = []
+    for messages in chunk:
+        with blaming(messages):
+            rows.append(model.encode(messages))
     found = np.full(len(rows), np.nan, dtype=np.float32)
     fitting = [number for number, row in enumerate(rows) if len(row.ids) <= longest]
     for places in longest_first([len(rows[number].ids) for number in fitting], batch_rows):

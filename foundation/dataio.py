@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from foundation.errors import InputError
+from foundation.errors import InputError, ModelError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # endings, compared without case; all else is plain text
 ROLES = ("system", "user", "assistant")
@@ -173,7 +174,25 @@ Message = dict[str, Any]
 """role and content, both text, and whatever else of it a chat template may read (reasoning_content, ...)."""
 
 
-def conversations(paths: Iterable[Path]) -> Iterator[list[Message]]:
+class Conversation(list[Message]):
+    """Messages, and the file and line that they were read from, for what is said about them later."""
+
+    def __init__(self, messages: Iterable[Message], where: str) -> None:
+        super().__init__(messages)
+        self.where = where
+
+
+@contextmanager
+def blaming(messages: list[Message], otherwise: str = "a conversation") -> Iterator[None]:
+    """InputError and ModelError raised inside begin with the place of `messages`, else with `otherwise`."""
+    try:
+        yield
+    except (InputError, ModelError) as error:
+        where = messages.where if isinstance(messages, Conversation) else otherwise
+        raise type(error)(f"{where}: {error.message}", hint=error.hint) from None
+
+
+def conversations(paths: Iterable[Path]) -> Iterator[Conversation]:
     """The `messages` of each line, checked: known roles, text contents, an assistant's answer at the end.
 
     Raises InputError naming file and line otherwise, or when there is none.
@@ -182,12 +201,13 @@ def conversations(paths: Iterable[Path]) -> Iterator[list[Message]]:
         found = False
         for number, record in records(path):
             found = True
+            where = f"{path}, line {number}"
             if record.get("tools"):
                 raise InputError(
-                    f'{path}, line {number}: "tools" are not rendered, and the model would never see them',
+                    f'{where}: "tools" are not rendered, and the model would never see them',
                     hint="write them into the system message, or leave the key out",
                 )
-            yield checked_messages(record.get("messages"), f"{path}, line {number}", answered=True)
+            yield Conversation(checked_messages(record.get("messages"), where, answered=True), where)
         if not found:
             raise InputError(f"{path}: holds no conversation")
 

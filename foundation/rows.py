@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from foundation.chat import IGNORED, Chat
-from foundation.dataio import Message
-from foundation.errors import InputError, ModelError
+from foundation.dataio import Message, blaming
+from foundation.errors import InputError
 from foundation.files import read_json, write_json
 from foundation.tokenizer import Tokenizer
 
@@ -183,16 +183,14 @@ def rows_of_each(conversations: Iterable[list[Message]], tokenizer: Tokenizer) -
     """The rows of each conversation: one, or several where the template rewrites earlier turns (Chat.encode).
 
     Everything that trains on conversations or captures a teacher's answers to them splits them here. Raises
-    ModelError and InputError, by the conversation's number, for one that the template refuses.
+    ModelError and InputError, by file and line or else by number, for one that the template refuses.
     """
     import numpy as np
 
     chat = Chat(tokenizer)
     for number, messages in enumerate(conversations, 1):
-        try:
+        with blaming(messages, f"conversation {number}"):
             encoded = chat.encode(messages)
-        except (InputError, ModelError) as error:
-            raise type(error)(f"conversation {number}: {error.message}", hint=error.hint) from None
         yield [
             {
                 "input_ids": np.asarray(ids, dtype=np.int64),  # [T]

@@ -300,7 +300,7 @@ def test_spelt_tokens_get_no_spaces_of_their_own(made: dict[str, Tokenizer]) -> 
     assert tokenizer.id_of("</s>") not in ids
 
 
-def test_gemma_refuses_what_it_was_not_made_for(made: dict[str, Tokenizer]) -> None:
+def test_gemma_refuses_what_it_was_not_made_for(made: dict[str, Tokenizer], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="System role not supported"):
         Chat(made["gemma2"]).encode(TALK)
     two = [said("user", "a"), said("user", "b"), said("assistant", "c")]
@@ -309,6 +309,10 @@ def test_gemma_refuses_what_it_was_not_made_for(made: dict[str, Tokenizer]) -> N
             Chat(made[name]).encode(two)
     with pytest.raises(ModelError, match=r"conversation 2: .*must alternate"):
         chat_rows([PLAIN, two], made["gemma2"], 999)
+    path = tmp_path / "talks.jsonl"
+    write_jsonl(path, ({"messages": talk} for talk in (PLAIN, two)))
+    with pytest.raises(ModelError, match=r"talks\.jsonl, line 2: .*must alternate"):
+        chat_rows(conversations([path]), made["gemma2"], 999)
 
 
 def test_an_empty_system_prompt_is_one(made: dict[str, Tokenizer]) -> None:
