@@ -124,8 +124,8 @@ def stories(
                 **PARTS[part], steps=steps, block_tokens=BLOCK, batch_rows=ROWS, learning_rate=rate,
             )
         )  # fmt: skip
-        stages.append(scored(name, "russian.held", "english.held", max_documents=200))
-    stages.append(scored("model", "russian.held", "english.held", max_documents=200))
+        stages.append(scored(name, "russian.held", "english.held", max_documents=80))
+    stages.append(scored("model", "russian.held", "english.held", max_documents=80))
     run_recipe(recipe("stories", seed, stages, inputs), folder)
     names["before"] = "model"
     found = {label: bits(folder, name, "russian", "english") for label, name in names.items()}
