@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from foundation.filters import script_share, text_filter
 from foundation.model import context_tokens, load
 from foundation.report import Report
 from foundation.settings import StageSettings
-from foundation.stage import Figures, Inputs, many, one
+from foundation.stage import Figures, Inputs, Reads, many, one
 from foundation.tokenizer import Tokenizer
 
 WINDOW = 30  # characters: some five words, more than two honest sentences share
@@ -80,9 +80,7 @@ class Settings(StageSettings):
         return self
 
 
-def disagreements(
-    settings: Settings, reads: Mapping[str, Sequence[tuple[str, StageSettings] | None]]
-) -> list[str]:
+def disagreements(settings: Settings, reads: Reads) -> list[str]:
     """What can not go together in a recipe: the copy tasks, and the corpus that they are taken from."""
     return _corpus_trouble(settings, "corpus" in reads)
 

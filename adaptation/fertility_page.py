@@ -10,7 +10,8 @@ Found = dict[str, Any]
 WORD_MARKS = MARKS + "_#"  # a token may begin or end with one
 ABOUT = {
     "extension": "The base's tokens keep their ids; new tokens follow.",
-    "substitution": "A new vocabulary: of the base's only bytes or characters and control tokens are left.",
+    "substitution": "A new vocabulary: bytes or characters and control tokens are the base's own, all else was "
+    "learnt, some of it as the base has it.",
     "optimised": "The base's tokens that the corpus does not use are gone; the others moved together.",
 }
 
@@ -37,7 +38,7 @@ def _sizes(found: Found) -> str:
     rows = {
         "tokens before": sizes["before"],
         "tokens after": sizes["after"],
-        "of them old": sizes["kept"],
+        "of them also before": sizes["kept"],
         "of them new": sizes["added"],
         "old tokens left out": sizes["dropped"],
         "words that became one token": words["taken"],

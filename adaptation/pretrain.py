@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 from typing import Literal
 
@@ -31,11 +32,12 @@ from foundation.model import context_tokens, load, save
 from foundation.ranks import is_main
 from foundation.report import Report
 from foundation.rows import PackedRows, Row, Rows, pack
-from foundation.settings import StageSettings
-from foundation.stage import Figures, Inputs, many, one
+from foundation.stage import Figures, Inputs, Reads, many, one
 from foundation.tokenizer import Tokenizer
 from foundation.tune import Loss, Order, TuneSettings, tune
 
+SHOWN_FILES = 8
+MOST_EXCEPTIONS = 0.5  # share of the counted tokens without KL from which the reference is a stranger
 OF_ADAPTERS = ("lora_rank", "lora_alpha", "base_precision")
 
 
@@ -88,14 +90,13 @@ class Settings(TuneSettings):
         return self.rows == "new" or self.kl_weight > 0
 
 
-def disagreements(
-    settings: Settings, reads: Mapping[str, Sequence[tuple[str, StageSettings] | None]]
-) -> list[str]:
+def disagreements(settings: Settings, reads: Reads) -> list[str]:
     """What can not go together in a recipe: settings of a reference without one, weights and corpora."""
     problems = _reference_trouble(settings, "reference" in reads)
-    corpora = reads.get("corpus", ())
-    if settings.weights and all(corpora) and len(corpora) != len(settings.weights):
-        problems.append(f"{len(settings.weights)} weights for {len(corpora)} corpora: {settings.weights}")
+    corpora, weights = reads.get("corpus", ()), settings.weights
+    some_patterns = any(isinstance(corpus, str) and has_magic(corpus) for corpus in corpora)
+    if weights and (len(weights) < len(corpora) or (len(weights) > len(corpora) and not some_patterns)):
+        problems.append(f"{len(weights)} weights for {len(corpora)} corpora: {weights}; one for each is needed")
     return problems
 
 
@@ -165,8 +166,13 @@ def _packed(
 ) -> list[PackedRows]:
     """The corpus in rows: each of its files alone where they are mixed by weights, else all together."""
     files = many(inputs, "corpus")
-    if settings.weights:
-        check_weights(settings.weights, len(files))
+    if settings.weights and len(settings.weights) != len(files):
+        named = ", ".join(path.name for path in files[:SHOWN_FILES]) + ", ..." * (len(files) > SHOWN_FILES)
+        raise InputError(
+            f"{len(settings.weights)} weights for {len(files)} files of corpus: {named}",
+            hint="give one for each file, in this order; a pattern brings one corpus for every match, and a "
+            "corpora.prepare stage makes one of them all",
+        )
     groups = [(path,) for path in files] if settings.weights else [files]
     return [
         pack(
@@ -200,6 +206,12 @@ def _loss(
     report.note(
         f"{exceptions} of {counted} counted tokens have no KL: the reference would cut the text otherwise"
     )
+    if exceptions > MOST_EXCEPTIONS * counted:
+        raise ModelError(
+            f"{reference} cuts the text otherwise at {exceptions / counted:.0%} of the tokens (no KL there); "
+            f"{MOST_EXCEPTIONS:.0%} is allowed",
+            hint="the reference is the model before its vocabulary changed; without KL: kl_weight = 0",
+        )
     model = load(reference, precision=settings.precision)
     refuse_not_finite(model, reference)
     figures: Figures = {"kl_exceptions": exceptions, "kl_exception_share": exceptions / counted}

@@ -76,6 +76,8 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
             lambda: train_tokenizer(documents(corpus), settings.vocab_tokens, settings.context_tokens, folder),
         )
     tokenizer = Tokenizer(folder)
+    if "tokenizer" not in inputs and len(tokenizer) < settings.vocab_tokens:
+        report.note(f"the corpus supports a vocabulary of {len(tokenizer)} tokens, not {settings.vocab_tokens}")
     rows = pack(documents(corpus), tokenizer, settings.block_tokens, work)
     model = create(_config(settings, tokenizer), settings.seed)
     figures = tune(model, rows, cross_entropy, settings, work, report, pad_id=tokenizer.pad_id)

@@ -188,7 +188,10 @@ def cut_of(choice: Choice, scores: np.ndarray) -> Cut:
     """The border that `choice` means on these scores [N]. Raises InputError when nothing would be kept."""
     scored = sum(len(block) for block in _blocks(scores))
     if not scored:
-        raise InputError(f"none of the {len(scores)} rows has a score", hint="every one was too long, or empty")
+        raise InputError(
+            f"none of the {len(scores)} rows has a score",
+            hint="every one was too long for the model (see max_tokens), or empty",
+        )
     if choice.threshold is not None:
         best = order_statistic(scores, scored - 1)
         if best < choice.threshold:

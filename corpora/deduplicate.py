@@ -100,9 +100,9 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     signed = signatures.sign(paths, settings, work, report)
     verdicts = repeats.decide(signed, settings, report)
     places = repeats.sample(len(verdicts.gone), settings.listed, settings.seed)
-    worded = signed.column("characters").astype(bool)
+    characters = signed.column("characters")
     with writing(out), (out / "removed.jsonl").open("w", encoding="utf-8", newline="\n") as removed:
-        writer = Writer(settings.unit, verdicts, worded, places, removed)
+        writer = Writer(settings, verdicts, characters, places, removed)
         kept = write_jsonl(out / "text.jsonl", writer.left(documents(paths), signed.counts.documents, report))
     counts = signed.counts
     share = writer.kept_bytes / max(1, counts.read_bytes)
@@ -117,6 +117,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         "paragraphs": counts.paragraphs,
         "exact_repeats": verdicts.exact,
         "near_repeats": near,
+        "scraps": writer.scraps,
         "read_bytes": counts.read_bytes,
         "kept_bytes": writer.kept_bytes,
         "kept_share": share,
@@ -127,24 +128,31 @@ class Writer:
     """The corpus a second time, without what goes."""
 
     def __init__(
-        self, unit: Unit, verdicts: Verdicts, worded: np.ndarray, places: set[int], removed: TextIO
+        self, settings: Settings, verdicts: Verdicts, characters: np.ndarray, places: set[int], removed: TextIO
     ) -> None:
-        """`worded` [N]: whether a paragraph has a letter or digit; `places` in the verdicts go to `removed`."""
-        self._unit: Unit = unit
+        """`characters` [N]: letters and spaces of each paragraph; `places` in the verdicts go to `removed`."""
+        self._unit: Unit = settings.unit
+        self._long_from = settings.exact_characters
         self._verdicts = verdicts
-        self._worded = worded
+        self._characters = characters
         self._places = places
         self._removed = removed
         self._wanted = {int(verdicts.like[place]) for place in places}
         self._seen: dict[int, dict[str, Any]] = {}
         self.kept_bytes = 0
+        self.scraps = 0  # documents that went because too little was left of them
 
     def left(self, texts: Iterator[str], count: int, report: Report) -> Iterator[dict[str, str]]:
-        """One row for each document that has words left."""
+        """One row for each document of which enough is left.
+
+        Short lines are never removed as repeats, but those of a document that is one should not outlive it:
+        where nothing else is left, and more of the text went than stays, they go too.
+        """
         paragraph = at = 0  # number of the next paragraph, and place of the next that goes
         for number, text in enumerate(texts, 1):
             pieces = split(text, self._unit)
-            removed, words_left, before = set(), False, paragraph
+            removed: set[int] = set()
+            gone, left, longest, before = 0, 0, 0, paragraph
             for place, piece in enumerate(pieces):
                 if not piece.strip():
                     continue
@@ -152,16 +160,20 @@ class Writer:
                     self._seen[paragraph] = _row(number, paragraph - before + 1, piece)
                 if at < len(self._verdicts.gone) and self._verdicts.gone[at] == paragraph:
                     removed.add(place)
+                    gone += int(self._characters[paragraph])
                     if at in self._places:
                         self._tell(at, _row(number, paragraph - before + 1, piece))
                     at += 1
                 else:
-                    words_left |= bool(self._worded[paragraph])
+                    left += int(self._characters[paragraph])
+                    longest = max(longest, int(self._characters[paragraph]))
                 paragraph += 1
-            if words_left or not removed:
+            if not removed or longest >= self._long_from or left > gone:
                 kept = without(pieces, removed, self._unit) if removed else text
                 self.kept_bytes += len(kept.encode())
                 yield {"text": kept}
+            else:
+                self.scraps += left > 0
             if number % BETWEEN_LOOKS == 0:
                 stop_if_asked(report)
                 report.progress(number, count, "document written")

@@ -13,7 +13,6 @@ the second: a bf16 model stays one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +28,7 @@ from foundation.model import context_tokens, load, save
 from foundation.ranks import is_main
 from foundation.report import Report
 from foundation.rows import JoinedRows, Row, Rows, chat_rows
-from foundation.settings import StageSettings
-from foundation.stage import Figures, Inputs, many, one
+from foundation.stage import Figures, Inputs, Reads, many, one
 from foundation.tokenizer import Tokenizer
 from foundation.tune import TuneSettings, tune
 
@@ -79,16 +77,14 @@ class Settings(TuneSettings):
         return self
 
 
-def disagreements(
-    settings: Settings, reads: Mapping[str, Sequence[tuple[str, StageSettings] | None]]
-) -> list[str]:
+def disagreements(settings: Settings, reads: Reads) -> list[str]:
     """What can not go together in a recipe: the loss, and the capture that it reads."""
     kind = LOSSES[settings.loss]
     problems = []
     if bool(kind.reads) != ("teacher" in reads):
         problems.append(_teacher_trouble(settings.loss))
     for source in reads.get("teacher", ()):
-        if source is None or source[0] != "distill.capture":
+        if isinstance(source, str) or source[0] != "distill.capture":
             continue
         captured = source[1].model_dump()
         if kind.reads and kind.support != captured["support"]:

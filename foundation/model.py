@@ -134,7 +134,7 @@ def _check_widths(folder: Path, model: Any) -> None:
         if type(module).__name__ == "Linear4bit" and module.in_features % NF4_BLOCK:
             raise ModelError(
                 f"{folder}: {name} is {module.in_features} wide; nf4 on a CPU takes multiples of {NF4_BLOCK}",
-                hint="use bf16: `precision` of a capture, `base_precision` of a student",
+                hint="set precision or base_precision, whichever says nf4, to bf16",
             )
 
 

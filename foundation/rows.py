@@ -174,7 +174,7 @@ def chat_rows(conversations: Iterable[list[Message]], tokenizer: Tokenizer, max_
     if not rows:
         raise InputError(
             f"no conversation fits {max_tokens} tokens ({too_long} are longer)",
-            hint="raise max_tokens, up to the context that the model was made for",
+            hint="raise max_tokens, up to the context that the model was made for, or shorten them",
         )
     return ChatRows(rows, used, too_long)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foundation.errors import RecipeError
+from foundation.settings import StageSettings
 
+Reads = Mapping[str, Sequence[tuple[str, StageSettings] | str]]
+"""What a recipe lets a stage read, by role: kind and settings of a stage, or an input as it is written."""
 Inputs = Mapping[str, Path | tuple[Path, ...]]
 Figures = dict[str, float | int | str]
 

@@ -31,7 +31,7 @@ from foundation.model import context_tokens, load
 from foundation.report import Report, stop_if_asked
 from foundation.rows import Row, Rows, chat_rows, pack
 from foundation.shape import ModelShape
-from foundation.stage import Figures, Inputs, many, one
+from foundation.stage import Figures, Inputs, Reads, many, one
 from foundation.task import Task
 from foundation.tensors import TensorFiles, write_tensors
 from foundation.tokenizer import Tokenizer
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from foundation.settings import StageSettings
 
 TOLD_TYPES = ("F16", "Q8_0", "Q4_K_M")  # sizes in the record of every step
 
@@ -106,9 +105,7 @@ class Settings(TargetSettings, ScoringSettings, HealSettings):
         )
 
 
-def disagreements(
-    settings: Settings, reads: Mapping[str, Sequence[tuple[str, StageSettings] | None]]
-) -> list[str]:
+def disagreements(settings: Settings, reads: Reads) -> list[str]:
     """What can not go together in a recipe."""
     problems = []
     if not any(role in reads for role in ("data", "corpus")) and settings.heals:
@@ -128,7 +125,7 @@ def disagreements(
     return problems + [
         problem
         for source in reads.get("branch", ())
-        if source is not None and isinstance(source[1], Settings)
+        if not isinstance(source, str) and isinstance(source[1], Settings)
         for problem in _branch_problems(settings, source[1])
     ]
 

@@ -265,8 +265,12 @@ class _Checker:
         """Say what the last of `stages` can not do with what it reads."""
         if not kind.agrees:
             return
-        made = {stage.name: (stage.kind, stage.settings) for stage in stages}
-        reads = {role: [made.get(s.name) for s in sources] for role, sources in stages[-1].reads.items()}
+        made: dict[str, tuple[str, StageSettings] | str] = {**self.inputs}
+        made |= {stage.name: (stage.kind, stage.settings) for stage in stages}
+        reads = {
+            role: [made[s.name] for s in sources if s.name in made]
+            for role, sources in stages[-1].reads.items()
+        }
         for problem in resolve(kind.agrees)(stages[-1].settings, reads):
             self.say(where, problem)
 

@@ -27,8 +27,8 @@ class Kind:
     where a recipe names the stage alone. `handed`: argument -> "module:function" of another room, for a
     stage that needs another's act. `distributed`: it can run as several processes, and has the setting for it.
     `keeps`: what a change of settings does not throw away, see foundation.artifact.begin. `agrees`: a function
-    of the settings and of what is read, role -> [(kind, settings) of the stage, or None for an input], that
-    lists what can not go together, so that a recipe is refused before the hours are spent.
+    of the settings and of what is read (foundation.stage.Reads) that lists what can not go together, so that a
+    recipe is refused before the hours are spent.
     """
 
     about: str
@@ -122,6 +122,7 @@ KINDS: Mapping[str, Kind] = {
         "leave out paragraphs that repeat an earlier one, exactly or nearly",
         reads={"corpus": "many"},
         writes={"text": "text.jsonl", "removed": "removed.jsonl"},
+        version=2,
     ),
     "corpora.quality": _kind(
         "corpora.quality",

@@ -515,7 +515,7 @@ def test_settings_that_can_not_be() -> None:
         Settings(copy_min_characters=50, copy_max_characters=50)
     with pytest.raises(ValidationError, match="no effect"):
         Settings(script="any", script_share=0.9)
-    assert calibrate.disagreements(Settings(), {"model": [None], "prompts": [None]}) == []
-    assert calibrate.disagreements(Settings(copy_tasks=1), {"corpus": [None]}) == []
+    assert calibrate.disagreements(Settings(), {"model": ["a"], "prompts": ["b"]}) == []
+    assert calibrate.disagreements(Settings(copy_tasks=1), {"corpus": ["c"]}) == []
     assert "needs a corpus" in calibrate.disagreements(Settings(copy_tasks=1), {})[0]
-    assert "has no effect" in calibrate.disagreements(Settings(), {"corpus": [None]})[0]
+    assert "has no effect" in calibrate.disagreements(Settings(), {"corpus": ["c"]})[0]

@@ -305,6 +305,20 @@ def test_documents_keep_their_shape_and_lose_what_was_said(tmp_path: Path) -> No
     assert places == [(2, 1, 1), (2, 3, 1), (3, 1, 1), (3, 3, 1)]
 
 
+def test_short_lines_do_not_outlive_their_document(tmp_path: Path) -> None:
+    tale = "Первый рассказ о самоваре и чайнике, как его слышали все."
+    poem = "Тише, мыши,\nКот на крыше,\nА котята\nЕщё выше."
+    texts = [
+        f"{tale}\n- Да!\n- Нет.",
+        f"{tale}\n- Да!\n- Нет.",  # a scrap: more goes than stays
+        f"{tale}\n{poem}\n{poem[::-1]}",  # more stays than goes
+        f"{tale}\n- Да!\nА это другой рассказ, длинный и нигде больше не сказанный.",  # something long stays
+    ]
+    left, figures = deduplicated(tmp_path, texts, exact_characters=40)
+    assert left == [texts[0], *(text.removeprefix(f"{tale}\n") for text in texts[2:])]
+    assert figures["scraps"] == 1 and figures["kept_documents"] == 3
+
+
 def test_blocks_are_what_empty_lines_divide() -> None:
     wrapped = "first line\nsecond line\n \n\n  indented\n\nlast"
     assert split(wrapped, "block") == ["first line\nsecond line", "  indented", "last"]

@@ -306,6 +306,14 @@ def test_kl_holds_the_model_near_its_reference(
     assert distance[5.0] < 0.7 * distance[1e-6]
 
 
+def test_a_reference_that_is_a_stranger_is_refused(
+    models: dict[str, Path], corpus: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "MOST_EXCEPTIONS", 0.0)
+    with pytest.raises(ModelError, match=r"cuts the text otherwise at \d+% of the tokens .* 0% is allowed"):
+        trained(models["substituted"], corpus, tmp_path, reference=models["old"], kl_weight=1.0)
+
+
 @pytest.mark.slow
 def test_a_run_with_a_reference_resumes_to_the_same_bytes(
     models: dict[str, Path], corpus: tuple[Path, Path], tmp_path: Path
@@ -352,12 +360,14 @@ def test_a_recipe_is_refused_before_the_hours_are_spent() -> None:
     def problems(roles: dict[str, list[Any]], **changes: Any) -> str:
         return "\n".join(pretrain.disagreements(pretrain.Settings(**changes), {"corpus": [made], **roles}))
 
-    assert problems({}) == "" == problems({"reference": [None]}, kl_weight=0.1)
+    assert problems({}) == "" == problems({"reference": ["a"]}, kl_weight=0.1)
     assert "needs the role `reference`" in problems({}, kl_weight=0.1)
     assert "rows = 'new' and kl_weight = 0.1: needs" in problems({}, kl_weight=0.1, rows="new")
     assert "no effect" in problems({"reference": [made]})
     assert "2 weights for 1 corpora" in problems({}, weights=[0.5, 0.5])
-    assert problems({"corpus": [None]}, weights=[0.5, 0.5]) == ""  # an input may be many files
+    assert problems({"corpus": ["texts/*.jsonl"]}, weights=[0.5, 0.5]) == ""  # a pattern may be many files
+    assert "2 weights for 1 corpora" in problems({"corpus": ["texts.jsonl"]}, weights=[0.5, 0.5])
+    assert "1 weights for 2 corpora" in problems({"corpus": ["texts/*.jsonl", made]}, weights=[1.0])
 
 
 @pytest.mark.parametrize(
@@ -366,7 +376,7 @@ def test_a_recipe_is_refused_before_the_hours_are_spent() -> None:
         ({"kl_weight": 0.1}, "kl_weight = 0.1: needs the role `reference`"),
         ({"rows": "new"}, "rows = 'new': needs the role `reference`"),
         ({"block_tokens": 129}, "block_tokens = 129, but .* was made for 128"),
-        ({"weights": [0.5, 0.3, 0.2]}, "3 weights for 2 corpora"),
+        ({"weights": [0.5, 0.3, 0.2]}, "3 weights for 2 files of corpus: "),
     ],
 )
 def test_inputs_that_do_not_go_with_the_settings(
