@@ -209,7 +209,7 @@ def propagation(seed: int, out: Path) -> dict[str, Values]:
 def measured(name: str) -> str:
     """Bits per byte of both languages, and the share of valid programmes on held-out profiles."""
     reads = f'model = "{name}", texts = ["{HELD[0]}", "{HELD[1]}"], tasks = ["world.profiles"]'
-    return stage(f"{name}_score", "evaluation.score", reads, label=name, max_items=400)
+    return stage(f"{name}_score", "evaluation.score", reads, label=name, max_items=200)
 
 
 def whole(folder: Path, name: str) -> Values:
@@ -236,7 +236,7 @@ def kl(seed: int, out: Path) -> dict[str, Values]:
             stages.append(
                 stage(
                     name, "adaptation.pretrain", reads, trains=["embeddings", "head", "layers"],
-                    weights=weights, kl_weight=weight, batch_rows=8, steps=400, learning_rate=2e-3,
+                    weights=weights, kl_weight=weight, batch_rows=8, steps=300, learning_rate=2e-3,
                 )
             )  # fmt: skip
     stages += [scored(name, *HELD) for name in names.values()]
