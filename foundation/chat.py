@@ -8,7 +8,9 @@ Contents are text from outside. Where one spells a special token, as in "what is
 stays text: it is put aside before the template is rendered, and encoded as plain text (`Quoted`).
 
 Prompt and answer are encoded apart and then joined, because that is what happens when the model is used:
-the prompt is encoded first, and the answer's tokens follow it one by one.
+the prompt is encoded first, and the answer's tokens follow it one by one. An earlier answer is part of the
+prompt, and is encoded with it: behind "assistant: " a model writes "a" and not " a", and when the next question
+comes, it reads " a" (`Chat.encode`).
 
 Which tokens are an answer follows from two renderings: what the template writes once the answer is there, less
 what it writes to ask for it. That is what the model has to write in use. {% generation %} blocks, with which a
@@ -22,18 +24,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from foundation.dataio import Message
 from foundation.errors import InputError, ModelError
-from foundation.sandbox import MAX_CHARS, budget, environment
+from foundation.sandbox import MAX_CHARS, Refusal, budget, environment
 from foundation.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LINE = "\n"  # before plain text whose neighbour is not at hand: no SentencePiece merges it with anything
+LINE = "\n"  # before plain text whose neighbour is not at hand: SentencePiece merges it with next to nothing
+FENCES = (LINE, ".", "|", "0")  # what may stand there instead, should one do so
+SHOWN_ROLES = 8  # of a conversation that a template refuses
 IGNORED = -100  # the label of a token that no loss counts; torch's cross_entropy ignores it by default
 _PRIVATE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # characters without a meaning
 
@@ -137,13 +142,17 @@ def continued(encode: Callable[[str], list[int]], after: str, text: str) -> list
     """Ids of `text` as it stands after `after`.
 
     Tokenizers of the SentencePiece kind put a space before whatever they are given; in the middle of a
-    conversation nobody wrote one. All others are asked for `text` alone: a prompt is encoded before there is an
-    answer, so no token can reach across the seam.
+    conversation nobody wrote one. So they are asked for `text` behind something else: behind `after`, or, where
+    a token would reach across that seam ("assistant: " and "a" make " a"), behind a fence. All others are asked
+    for `text` alone. A prompt is encoded before there is an answer: no token reaches across.
     """
     if not after or encode(f"{LINE}a") == encode(LINE) + encode("a"):
         return encode(text)
-    before, whole = encode(after), encode(after + text)
-    return whole[len(before) :] if whole[: len(before)] == before else encode(text)
+    for other in (after, *FENCES):
+        before, whole = encode(other), encode(other + text)
+        if before and whole[: len(before)] == before:
+            return whole[len(before) :]
+    return encode(text)
 
 
 class ChatTemplate:
@@ -195,7 +204,7 @@ class ChatTemplate:
                 if length > MAX_CHARS:
                     raise ValueError(f"it writes more than {MAX_CHARS} characters")
         except Exception as error:  # a program of somebody else's: it may raise anything
-            hint = ""
+            hint = _about_roles(messages) if isinstance(error, Refusal) else ""
             if "'strftime_now' is undefined" in str(error):
                 hint = "it writes today's date, so the bytes of this step would depend on the day; fix the date"
             raise ModelError(f"{self._origin}: the chat template failed: {_said(error)}", hint=hint) from None
@@ -233,18 +242,19 @@ class Chat:
     def encode(self, messages: list[Message]) -> list[Encoded]:
         """Ids and labels of a whole conversation; the labels stand on the assistant's tokens only.
 
-        The token that ends an answer is part of it; white space after that token is not. A template that only
-        appends gives one row. Others write earlier turns differently once later ones are there: Qwen3 drops
-        their reasoning, Mistral moves the system prompt to the last question. There a new row begins, with all
-        that the model reads in use before the answer at hand, and earlier answers in it are no labels: no row
-        holds a context that the model never sees.
+        The token that ends an answer is part of it; white space after that token is not. What stands before an
+        answer is what `prompt_ids` gives, id by id. Where that goes on from the row so far, the row goes on: a
+        template that only appends gives one row. Others write earlier turns differently once later ones are
+        there: Qwen3 drops their reasoning, Mistral moves the system prompt to the last question; and a space
+        that ends a generation prompt becomes one token with the answer, once both are read. There a new row
+        begins, with all that the model reads in use before the answer at hand, and earlier answers in it are no
+        labels: no row holds a context that the model never sees.
 
         Raises ModelError when an answer does not begin where the template asks for it, or nothing is left to
         learn.
         """
         quoted = Quoted(messages, self._tokenizer)
         rows: list[Encoded] = []
-        done = ""
         for position, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -252,15 +262,13 @@ class Chat:
             after = self.render(quoted.messages[: position + 1], prompt=False)
             if not after.startswith(before):
                 raise self._no_answer_after(before, after)
-            if not rows or not before.startswith(done):
+            prompt_ids = quoted.ids(before)
+            answer_ids = quoted.ids(after[len(before) :].rstrip(), before)
+            if not rows or prompt_ids[: len(rows[-1].ids)] != rows[-1].ids:
                 rows.append(Encoded([], []))
-                done = ""
-            answer = after[len(before) :].rstrip()
-            prompt_ids = quoted.ids(before[len(done) :], done)
-            answer_ids = quoted.ids(answer, before)
-            rows[-1].ids.extend(prompt_ids + answer_ids)
-            rows[-1].labels.extend([IGNORED] * len(prompt_ids) + answer_ids)
-            done = before + answer
+            asked = prompt_ids[len(rows[-1].ids) :]
+            rows[-1].ids.extend(asked + answer_ids)
+            rows[-1].labels.extend([IGNORED] * len(asked) + answer_ids)
         # The first token is nobody's prediction.
         rows = [row for row in rows if any(label != IGNORED for label in row.labels[1:])]
         if not rows:
@@ -290,6 +298,17 @@ class Chat:
             f"it writes {after[same:][:60]!r} once the answer is there",
             hint="use a template whose generation prompt is how it begins every answer",
         )
+
+
+def _about_roles(messages: list[Message]) -> str:
+    """What a template that says no was given, and what to do where the order of the roles is the cause."""
+    roles = [str(message.get("role")) for message in messages]
+    shown = ", ".join(roles[:SHOWN_ROLES]) + (f", .. ({len(roles)} in all)" if len(roles) > SHOWN_ROLES else "")
+    steps = ["put the system text into the first user message"] if "system" in roles else []
+    if any(role == following for role, following in pairwise(roles)):
+        steps.append("merge neighbouring messages of one role")
+    todo = ", and ".join(steps) or "bring the messages into an order that it takes"
+    return f"it was given the roles {shown}; if it takes no such order, {todo}"
 
 
 def _said(error: Exception) -> str:

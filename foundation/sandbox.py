@@ -68,8 +68,12 @@ def _tojson(
     )
 
 
-def _raise(message: str) -> None:
-    raise ValueError(message)
+class Refusal(Exception):
+    """A template's own no (raise_exception), in its own words; what breaks a template or stops it is none."""
+
+
+def _refuse(message: object = "") -> None:
+    raise Refusal(message)
 
 
 @cache
@@ -140,7 +144,7 @@ def environment() -> Any:
         optimized=False,  # the optimizer would compute constants before anything is counted
         extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
-    made.globals["raise_exception"] = _raise
+    made.globals["raise_exception"] = _refuse
     made.filters |= {
         "tojson": _tojson,
         "_counted": _counted,

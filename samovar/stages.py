@@ -197,7 +197,7 @@ KINDS: Mapping[str, Kind] = {
         writes={"model": "model", "curves": "curves.jsonl"},
         agrees="distill.train:disagreements",
         distributed=True,
-        version=3,
+        version=4,
     ),
     "distill.capture": _kind(
         "distill.capture",
@@ -205,7 +205,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"teacher": "one", "data": "many"},
         writes={"store": "store"},
         distributed=True,
-        version=4,
+        version=5,
     ),
     "distill.synthesize": _kind(
         "distill.synthesize.stage",
@@ -234,7 +234,7 @@ KINDS: Mapping[str, Kind] = {
         reads={"model": "one", "data": "optional_many", "tasks": "optional_many"},
         writes={"importance": "importance.json"},
         handed={"tasks": "evaluation.tasks:load_tasks"},
-        version=2,
+        version=3,
     ),
     "prune.cut": _kind(
         "prune.cut",
@@ -261,7 +261,7 @@ KINDS: Mapping[str, Kind] = {
             "file_bytes": "export.predict:gguf_bytes",
         },
         agrees="prune.iterate:disagreements",
-        version=4,
+        version=5,
     ),
     "prune.report": _kind(
         "prune.report",
@@ -279,7 +279,7 @@ KINDS: Mapping[str, Kind] = {
             "measure": "evaluation.tasks:measure",
             "gguf_bytes": "export.predict:gguf_bytes",
         },
-        version=2,
+        version=3,
     ),
     # ------------------------------------------------------------------------------------------ measuring
     "evaluation.score": _kind(
@@ -293,7 +293,7 @@ KINDS: Mapping[str, Kind] = {
             "profiles": "optional",
         },
         writes={"scores": "scores.json"},
-        version=2,
+        version=3,
     ),
     "evaluation.compare": _kind(
         "evaluation.compare",
