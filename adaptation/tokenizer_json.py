@@ -18,9 +18,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from foundation.artifact import hint_for
 from foundation.errors import ModelError
 from foundation.files import read_json, write_atomic
-from foundation.tokenizer import copy_tokenizer, without_habits
+from foundation.tokenizer import SAVE_ONCE, copy_tokenizer, without_habits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,7 +45,7 @@ class TokenizerJson:
         if not path.is_file():
             raise ModelError(
                 f"{folder}: no tokenizer.json",
-                hint="save the tokenizer once with transformers' AutoTokenizer(...).save_pretrained(folder)",
+                hint=hint_for(folder, path.name, SAVE_ONCE),
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +176,7 @@ class TokenizerJson:
         if lost := [token["content"] for token in listed.values() if token["content"] not in self.vocab]:
             raise ModelError(
                 f"{self.folder}: tokenizer_config.json lists {lost[:3]}, which tokenizer.json does not have",
-                hint="save the tokenizer once with transformers' AutoTokenizer(...).save_pretrained(folder)",
+                hint=SAVE_ONCE,
             )
         followed = {str(self.vocab[token["content"]]): token for token in listed.values()}
         if followed != listed:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corpora.ngrams import Grams, features
+from foundation.artifact import hint_for
 from foundation.errors import ArtifactError
 from foundation.files import read_json, sha256_file, write_json, writing
 
@@ -64,11 +65,11 @@ def load_classifier(folder: Path) -> Classifier:
 
     facts = read_json(folder / FACTS)
     if not isinstance(facts, dict):
-        raise ArtifactError(
-            f"{folder}: no {FACTS} that can be read", hint="`quality` is what a corpora.quality stage writes"
-        )
+        hint = "`quality` is the folder of that name that a corpora.quality stage writes"
+        raise ArtifactError(f"{folder}: no {FACTS} that can be read", hint=hint_for(folder, FACTS, hint))
     if facts.get("format") != FORMAT:
-        raise ArtifactError(f"{folder}: {FACTS} has format {facts.get('format')!r}, known here is {FORMAT}")
+        said = f"{folder}: {FACTS} has format {facts.get('format')!r}, known here is {FORMAT}"
+        raise ArtifactError(said, hint=_AGAIN)
     path = folder / WEIGHTS
     if not path.is_file() or sha256_file(path) != facts.get("weights_sha256"):
         raise ArtifactError(f"{path}: missing, or not the file that {FACTS} was written for", hint=_AGAIN)

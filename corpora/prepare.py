@@ -79,12 +79,17 @@ class Settings(StageSettings):
 class Tally:
     """What became of the documents so far; written to state.json as it is.
 
-    What is counted of all is counted of the source at hand, the last of `sources`, under the same name.
+    What is counted of all is counted of the source at hand, the last of `sources`, under the same name. Blank
+    rows are no documents: of those, a source has what its reader had passed by the last document that counts.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     sources: list[dict[str, Any]] = field(default_factory=list)  # one for each source that was begun
     written_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+
+    @property
+    def blank(self) -> int:
+        return sum(source.get("blank", 0) for source in self.sources)
 
     def count(self, what: str, number: int = 1) -> None:
         source = self.sources[-1]
@@ -139,15 +144,16 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     counts = tally.counts
     if not counts["kept"]:
         raise InputError(
-            f"no document is left to train on ({_told(counts)})",
+            f"no document is left to train on ({_told(tally)})",
             hint="lower min_characters or held_share, or raise max_characters",
         )
     write_jsonl(out / "sources.jsonl", map(_source_row, tally.sources))
     for part in PARTS:
         (work / f"{part}.jsonl").replace(out / f"{part}.jsonl")
     encodings = Counter(source["encoding"] for source in tally.sources if source["encoding"])
-    report.note(f"{len(tally.sources)} sources, {_told(counts)}")
+    report.note(f"{len(tally.sources)} sources, {_told(tally)}")
     return {
+        "blank": tally.blank,
         **{name: counts[name] for name in ("read", *DROPPED, "kept", "held")},
         "characters": counts["characters"],
         "sources": len(tally.sources),
@@ -158,7 +164,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
 
 def _source_row(source: Mapping[str, Any]) -> dict[str, Any]:
     """A line of sources.jsonl: what was read, where it went, and the scripts of what was not dropped."""
-    counts = {name: source.get(name, 0) for name in ("characters", *DROPPED, "kept", "held")}
+    counts = {name: source.get(name, 0) for name in ("blank", "characters", *DROPPED, "kept", "held")}
     told = {"source": source["source"], "encoding": source["encoding"], "documents": source.get("read", 0)}
     return told | counts | _shares(source)
 
@@ -169,9 +175,11 @@ def _shares(counts: Mapping[str, Any]) -> dict[str, float]:
     return {f"{script}_share": round(counts.get(f"{script}_letters", 0) / letters, 4) for script in SCRIPTS}
 
 
-def _told(counts: Counter[str]) -> str:
+def _told(tally: Tally) -> str:
+    counts = tally.counts
     told = ", ".join(f"{counts[why]} {said}" for why, said in DROPPED.items())
-    return f"{counts['read']} documents: {told}; {counts['kept']} kept, {counts['held']} held out"
+    kept = f"{counts['kept']} kept, {counts['held']} held out"
+    return f"{tally.blank} blank rows, {counts['read']} documents: {told}; {kept}"
 
 
 def _sort(
@@ -213,11 +221,11 @@ def _texts(sources: list[Source], tally: Tally) -> Iterator[str]:
             tally.sources.append({"source": source.name, "encoding": ""})
         seen = tally.sources[place]
         for text in islice(documents_in(source), seen.get("read", 0), None):
-            seen["encoding"] = source.encoding
+            seen["encoding"], seen["blank"] = source.encoding, source.blank
             tally.count("read")
             tally.count("characters", len(text))
             yield _clean(text)
-        seen["encoding"] = source.encoding  # of a file of ASCII known at its end
+        seen["encoding"], seen["blank"] = source.encoding, source.blank  # the one of ASCII is known at its end
 
 
 def _verdict(text: str, settings: Settings, digests: Digests, tally: Tally) -> str:

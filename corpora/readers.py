@@ -10,6 +10,10 @@
 | .gz .bz2 .xz .zst      | after one of those of text: unpacked while it is read            |
 | a folder               | what `save_to_disk` of `datasets` wrote, or a split's files (folders.py) |
 
+A row whose text is blank or null is no document, in every kind of file: it is passed over, and counted as
+`blank`. A row without the key, or with something else than text under it, is refused, and so is a file without
+any document. Empty lines are no rows.
+
 Nothing is held in memory but the line at hand, and of Parquet one row group's column as it is packed; nothing
 is fetched, run or unpickled. What is read here is cleaned by corpora.prepare; all later stages read its UTF-8
 JSON lines through foundation/dataio.py.
@@ -30,9 +34,9 @@ from typing import Any, Literal
 
 from corpora.encodings import AUTO, Seen, decoded_lines
 from corpora.folders import linked_folders, readable, split_files
-from foundation.dataio import JSON_LINES, MAX_LINE_BYTES, paragraphs, parsed, texts_under
+from foundation.dataio import JSON_LINES, MAX_LINE_BYTES, no_document, paragraphs, parsed, texts_under
 from foundation.errors import InputError, MissingError
-from foundation.files import PACKED, read_json
+from foundation.files import PACKED, read_json, refuse_dangling
 from foundation.report import Report
 
 BATCH_ROWS = 128
@@ -56,9 +60,10 @@ class Source:
     path: Path
     name: str  # as told in reports: below the folder that was given
     size_bytes: int
-    texts: Callable[[Source], Iterator[str]] = field(repr=False)
+    texts: Callable[[Source], Iterator[str]] = field(repr=False)  # "" for a row that holds none
     done_bytes: int = 0  # of size_bytes; for progress
     encoding: str = ""  # of a text file, once it is found out
+    blank: int = 0  # rows so far that hold no text
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,20 @@ def documents_in(source: Source) -> Iterator[str]:
     """The documents of one source. Raises InputError when it has none."""
     found = False
     for text in source.texts(source):
-        found = True
-        yield text
+        source.blank += not text
+        if text:
+            found = True
+            yield text
     source.done_bytes = source.size_bytes
     if not found:
-        raise InputError(f"{source.path}: holds no document", hint="every line is empty or blank")
+        raise no_document(source.path, source.blank)
 
 
 def sources_of(paths: Iterable[Path], choice: Choice, report: Report) -> list[Source]:
     """What there is to read under `paths`: files as they are, folders by their split."""
     found: list[Source] = []
     for path in paths:
+        refuse_dangling(path)
         if path.is_dir():
             found += _sources_in(path, choice, report)
             continue
@@ -239,8 +247,7 @@ def _column_texts(source: Source, column: str, arrays: Iterable[Any], rows: int)
                     f"{source.path}, row {row}: longer than {MAX_LINE_BYTES} characters",
                     hint="split that document",
                 )
-            if text and text.strip():
-                yield text
+            yield text if text and text.strip() else ""
         source.done_bytes = source.size_bytes * row // max(1, rows)
 
 
@@ -318,8 +325,8 @@ def _table_texts(numbered: Iterable[tuple[int, str]], column: str, name: str, *,
             if row and not fewest <= len(row) <= len(columns):
                 said = f"{len(row)} columns, and line 1 names {len(columns)}: {', '.join(columns)[:200]}"
                 raise InputError(f"{name}, line {rows.line_num + 1}: {said}", hint=_CELLS[quoted])
-            if row and row[place].strip():
-                yield row[place]
+            if row:
+                yield row[place] if row[place].strip() else ""
     except csv.Error as error:
         hint = "mend that line: a quote may not be closed, or a line end in a lone carriage return"
         raise InputError(f"{name}, line {rows.line_num + 1}: not a table ({error})", hint=hint) from None

@@ -164,6 +164,20 @@ def load(folder: Path) -> Manifest | None:
     return None
 
 
+def hint_for(folder: Path, missing: str, otherwise: str) -> str:
+    """What to do about a `folder` without the file `missing`: name the folder that was meant, or `otherwise`.
+
+    Who gives the folder of a stage has it one level below; who gives the file itself, one above.
+    """
+    if folder.is_file() and (folder.parent / missing).is_file():
+        return f"that is a file; give its folder, {folder.parent}"
+    found = sorted(path.parent for path in folder.glob(f"[!.]*/{missing}"))
+    if not found:
+        return otherwise
+    given = "the folder of a stage" if (folder / MANIFEST).is_file() else "one folder too high"
+    return f"that is {given}; give {' or '.join(map(str, found[:5]))}"
+
+
 def partial_fingerprint(folder: Path) -> str | None:
     """Fingerprint of the unfinished NAME.partial, or None where nothing can be resumed."""
     partial = partial_of(folder)

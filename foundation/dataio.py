@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from foundation.artifact import MANIFEST
 from foundation.errors import InputError, ModelError
+from foundation.files import PACKED
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")  # endings, compared without case; all else is plain text
 ROLES = ("system", "user", "assistant")
@@ -30,9 +33,11 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     can be told, the encoding it seems to be in).
     """
     if path.is_dir():
-        raise InputError(
-            f"{path}: a folder; a file is needed", hint=f"name its files with a pattern: '{path}/*.jsonl'"
-        )
+        hint = f"name its files with a pattern: '{path}/*.jsonl'"
+        names = sorted(file.name for file in path.glob("[!.]*.jsonl"))
+        if names and (path / MANIFEST).is_file():
+            hint = f"that is the folder of a stage; give a file that it wrote: {', '.join(names)}"
+        raise InputError(f"{path}: a folder; a file is needed", hint=hint)
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="check the path in the recipe's [inputs]")
     if path.stat().st_size == 0:
@@ -86,12 +91,14 @@ def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def parsed(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON object of each numbered line of `path` that is not empty."""
-    for number, line in numbered:
-        if not line.strip():
-            continue
+    filled = ((number, line) for number, line in numbered if line.strip())
+    is_first = True
+    for number, line in filled:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
+            if is_first and (whole := _begun(line, error, next(filled, (0, ""))[1])):
+                raise _one_document(path, whole, " over many lines") from None
             raise InputError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})",
                 hint="a .jsonl file holds one JSON object a line; give plain text the ending .txt",
@@ -100,14 +107,51 @@ def parsed(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[tuple[int
             raise InputError(f"{path}, line {number}: nested too deep to be read as JSON") from None
         except ValueError as error:  # an integer of thousands of digits
             raise InputError(f"{path}, line {number}: JSON that can not be read ({error})") from None
+        if is_first and isinstance(record, list):
+            raise _one_document(path, "an array")
         if not isinstance(record, dict):
-            raise InputError(f"{path}, line {number}: a {type(record).__name__}; a JSON object is needed")
+            raise InputError(
+                f"{path}, line {number}: {_kind_of(record)}; a JSON object is needed",
+                hint="a .jsonl file holds one JSON object a line",
+            )
+        is_first = False
         if HALF_PAIR.search(line) and not _is_text(record):
             raise InputError(
                 f"{path}, line {number}: half of a surrogate pair (\\ud800 to \\udfff) is no character",
                 hint="write the whole pair, or the character itself in UTF-8",
             )
         yield number, record
+
+
+def _begun(line: str, error: json.JSONDecodeError, following: str) -> str:
+    """What the first line begins that `following` could go on with: an array, an object, or "" for neither."""
+    text, following = line.strip(), following.strip()
+    if not following or error.pos < len(line.rstrip()):
+        return ""
+    if text.startswith("["):
+        return "an array"
+    return "an object" if text.startswith("{") and not following.startswith("{") else ""
+
+
+def _one_document(path: str, whole: str, over: str = "") -> InputError:
+    """The refusal of a file that is one array or object, with the command that puts its parts on lines."""
+    file, first = PurePath(path), ""
+    if file.suffix.lower() in PACKED:
+        file, first = file.with_suffix(""), "unpack it; then "
+    parts, more = "'.[]'", ""
+    if whole == "an object":
+        parts, more = ".", "; or, where they are a list under a key, '.KEY[]' in place of the dot"
+    command = f"jq -c {parts} {shlex.quote(file.name)} > {shlex.quote(f'lines-{file.stem}.jsonl')}"
+    return InputError(
+        f"{path} looks like one JSON document, {whole}{over}; read is one object a line",
+        hint=f"{first}write one object a line, for example: {command}{more}",
+    )
+
+
+def _kind_of(value: Any) -> str:
+    """What a value of JSON is called."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
 
 
 def _is_text(record: dict[str, Any]) -> bool:
@@ -122,7 +166,8 @@ def _is_text(record: dict[str, Any]) -> bool:
 def documents(paths: Iterable[Path], field: str = "text") -> Iterator[str]:
     """Documents of JSON-lines files (their `field`) and of plain text files, in the order of the files.
 
-    Raises InputError on what `lines` refuses, on a record without `field`, and when there is no document.
+    Raises InputError on what `lines` refuses, on a record without text under `field`, and when there is no
+    document. Blank texts and nulls are passed over.
     """
     for path in paths:
         found = False
@@ -130,24 +175,42 @@ def documents(paths: Iterable[Path], field: str = "text") -> Iterator[str]:
             texts = texts_under(field, records(path), str(path))
         else:
             texts = paragraphs(lines(path), str(path))
+        blank = 0
         for text in texts:
-            found = True
-            yield text
+            blank += not text
+            if text:
+                found = True
+                yield text
         if not found:
-            raise InputError(f"{path}: holds no document", hint="every line is empty or blank")
+            raise no_document(path, blank)
+
+
+def no_document(path: Path, blank: int) -> InputError:
+    """The refusal of a file that holds nothing but `blank` texts."""
+    if blank:
+        hint = _NAME_IT.replace("key", "key or column")
+        return InputError(f"{path}: holds no document: each of its {blank} texts is blank or null", hint=hint)
+    return InputError(f"{path}: holds no document", hint="give a file with text in it, or leave it out")
 
 
 def texts_under(field: str, numbered: Iterable[tuple[int, dict[str, Any]]], path: str) -> Iterator[str]:
-    """The text under `field` of each numbered record of `path`, blank ones passed over."""
+    """The text under `field` of each numbered record of `path`; "" for a blank one, and for null."""
     for number, record in numbered:
         text = record.get(field)
-        if not isinstance(text, str):
-            raise InputError(
-                f"{path}, line {number}: no text under {field!r}; the keys are {sorted(record)[:8]}",
-                hint="name the key that holds the text with `field` in a corpora.prepare stage",
-            )
-        if text.strip():
-            yield text
+        if isinstance(text, str) or (text is None and field in record):
+            yield text if text and text.strip() else ""
+            continue
+        where, hint = f"{path}, line {number}", _NAME_IT
+        if field in record:
+            raise InputError(f"{where}: {_kind_of(text)} under {field!r}, where text is needed", hint=hint)
+        if "messages" in record:
+            hint = "corpora take texts; conversations are `data`, as of distill.train"
+            raise InputError(f'{where}: no text under {field!r}, but a conversation, "messages"', hint=hint)
+        keys = sorted(record)[:8]
+        raise InputError(f"{where}: no text under {field!r}; the keys are {keys}", hint=hint)
+
+
+_NAME_IT = "name the key that holds the text with `field` in a corpora.prepare stage"
 
 
 def paragraphs(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[str]:

@@ -141,6 +141,19 @@ def visible_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def refuse_dangling(path: Path) -> None:
+    """Raise InputError naming each link, `path` itself or a visible one below it, that leads nowhere.
+
+    They are not left out: what nobody missed then could be a shard of a model, or a year of a corpus.
+    """
+    files = [path / name for name in visible_files(path)] if path.is_dir() else [path]
+    dangling = [file for file in files if file.is_symlink() and not file.exists()]
+    if dangling:
+        told = "; ".join(f"{link} is a link that leads nowhere, to {link.readlink()}" for link in dangling[:5])
+        more = f"; and {len(dangling) - 5} more" if len(dangling) > 5 else ""
+        raise InputError(told + more, hint="put back what it points to, or remove the link")
+
+
 Stamps = dict[str, list[int]]
 
 
@@ -211,8 +224,10 @@ class DigestCache:
         """Digest of an input: a folder by its files; a file as a folder of one, named by its suffix.
 
         A packed file is named by both of its suffixes, for the first says how it is read. So neither moving
-        nor renaming an input makes a stage stale. Raises InputError when it is missing or an empty folder.
+        nor renaming an input makes a stage stale. Raises InputError when it is missing, an empty folder, or
+        holds a link that leads nowhere.
         """
+        refuse_dangling(path)
         self.hashed[str(path)] = stamps(path)
         if path.is_dir():
             names = visible_files(path)

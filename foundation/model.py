@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from foundation.artifact import hint_for
 from foundation.errors import MissingError, ModelError
 from foundation.tokenizer import Tokenizer, copy_tokenizer
 
@@ -99,13 +100,18 @@ def four_bits(transformers: Any) -> Any:
 
 def check_files(folder: Path) -> None:
     """Raise ModelError unless `folder` holds a config and safetensors."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: no config.json", hint="a model is a folder in Hugging Face's form")
+    _check_config(folder)
     if not list(folder.glob("*.safetensors")):
         raise ModelError(
             f"{folder}: no *.safetensors",
             hint="pickled weights are not loaded; convert them with safetensors first",
         )
+
+
+def _check_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        hint = "a model is a folder in Hugging Face's form: config.json, *.safetensors, tokenizer.json"
+        raise ModelError(f"{folder}: no config.json", hint=hint_for(folder, "config.json", hint))
 
 
 def _check_weights(folder: Path, report: dict[str, Any]) -> None:
@@ -210,7 +216,9 @@ def quiet_transformers() -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises ModelError when it is missing or not JSON."""
+    _check_config(folder)
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: config.json can not be read: {error}") from None
+        hint = "copy it again from its model"
+        raise ModelError(f"{folder}: config.json can not be read: {error}", hint=hint) from None

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from foundation.artifact import hint_for
 from foundation.errors import ModelError
 
 
@@ -90,14 +91,13 @@ class ModelShape:
         """Read `folder`/config.json. Raises ModelError: no such file, not JSON, unsupported, bad sizes."""
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise ModelError(
-                f"{folder} holds no config.json",
-                hint="give a folder saved by save_pretrained, or a download of one",
-            )
+            hint = "give a folder saved by save_pretrained, or a download of one"
+            raise ModelError(f"{folder} holds no config.json", hint=hint_for(path.parent, path.name, hint))
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from error
+            hint = "copy it again from its model"
+            raise ModelError(f"{path} is not valid JSON: {error}", hint=hint) from error
         return cls.from_config(config)
 
     @classmethod

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foundation.artifact import hint_for
 from foundation.errors import ModelError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+SAVE_ONCE = "save the tokenizer once with transformers' AutoTokenizer(...).save_pretrained(folder)"
 
 
 def without_habits(backend: Backend) -> Backend:
@@ -50,7 +52,7 @@ class Tokenizer:
         if not path.is_file():
             raise ModelError(
                 f"{folder}: no tokenizer.json",
-                hint="save the tokenizer once with transformers' AutoTokenizer(...).save_pretrained(folder)",
+                hint=hint_for(folder, path.name, SAVE_ONCE),
             )
         self.folder = folder
         try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foundation.errors import InputError, MissingError, SamovarError
-from foundation.files import DigestCache, visible_files
+from foundation.files import DigestCache, refuse_dangling, visible_files
 from samovar.recipe import Recipe
 
 # What a model's folder on the hub holds beside the files that a stage reads: older or foreign copies.
@@ -28,6 +28,7 @@ _HUB_DATASET_IGNORED = (
     "*.png", "*.jpg", "*.jpeg", "*.wav", "*.mp3", "*.flac", "*.mp4",
 )  # fmt: skip
 _HUB_ID = re.compile(r"(datasets/)?[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_START = "start at the recipe's folder"
 _SHARD = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})(\.[^/]*)")
 
 
@@ -59,30 +60,45 @@ def find_input(value: str, base: Path, download: bool) -> tuple[Path, ...]:
     path = (base / Path(value).expanduser()).absolute()
     if path.exists():
         return (path,)
+    refuse_dangling(path)
     if glob.has_magic(value):
         pattern = str(Path(value).expanduser())  # Path.glob would refuse an absolute one
         matches = glob.glob(pattern, root_dir=base, recursive=True)  # noqa: PTH207
         if matches:
             return tuple((base / match).absolute() for match in sorted(matches))
-        raise InputError(
-            f"no file matches '{value}' in {base}", hint="relative patterns start at the recipe's folder"
-        )
-    if _HUB_ID.fullmatch(value) and not value.endswith(_FILE_SUFFIXES):
+        raise InputError(f"no file matches '{value}' in {base}", hint=f"relative patterns {_START}")
+    if _is_of_hub(value, base):
         return (_hub_snapshot(value, path, download),)
-    raise InputError(f"'{value}' is not there: {path}", hint="relative paths start at the recipe's folder")
+    raise InputError(f"'{value}' is not there: {path}", hint=f"relative paths {_START}")
+
+
+def _is_of_hub(value: str, base: Path) -> bool:
+    """True for a name as the hub has them that is nothing on this machine, not even a link to nowhere."""
+    path = base / Path(value).expanduser()
+    is_name = _HUB_ID.fullmatch(value) and not value.endswith(_FILE_SUFFIXES)
+    return bool(is_name) and not path.exists() and not path.is_symlink()
 
 
 def missing_inputs(inputs: Mapping[str, object], base: Path) -> list[str]:
-    """One line for each path or pattern that names nothing here. The hub is not asked."""
+    """One line for each path or pattern that names nothing here, or a link to nowhere. The hub is not asked."""
     problems = []
     for name, value in inputs.items():
-        if isinstance(value, str) and (not _HUB_ID.fullmatch(value) or value.endswith(_FILE_SUFFIXES)):
+        if isinstance(value, str):
             try:
-                find_input(value, base, False)
+                if _is_of_hub(value, base):
+                    continue
+                for path in find_input(value, base, False):
+                    refuse_dangling(path)
             except (SamovarError, OSError, ValueError) as error:
-                said = error.message if isinstance(error, SamovarError) else str(error)
-                problems.append(f"input '{name}': {said}")
+                problems.append(f"input '{name}': {_in_a_line(error)}")
     return problems
+
+
+def _in_a_line(error: Exception) -> str:
+    """What is wrong and what to do about it, but for the hint that the caller gives for all problems."""
+    if not isinstance(error, SamovarError):
+        return str(error)
+    return error.message if error.hint.endswith(_START) else f"{error.message}; {error.hint}"
 
 
 def _hub_snapshot(value: str, path: Path, download: bool) -> Path:

@@ -115,7 +115,7 @@ KINDS: Mapping[str, Kind] = {
         "read text of many forms and encodings, clean it, and hold some back",
         reads={"corpus": "many"},
         writes={"text": "text.jsonl", "held": "held.jsonl", "sources": "sources.jsonl"},
-        version=2,
+        version=3,
     ),
     "corpora.deduplicate": _kind(
         "corpora.deduplicate",

@@ -16,10 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptation.tokenizer_json import TokenizerJson
+from corpora.classifier import load_classifier
 from foundation import artifact
 from foundation.artifact import Identity
-from foundation.errors import ArtifactError
+from foundation.errors import ArtifactError, SamovarError
 from foundation.files import DigestCache, sha256_file, tree_digest, write_atomic
+from foundation.model import check_files, read_config
+from foundation.shape import ModelShape
+from foundation.tokenizer import Tokenizer
 
 OLD = Identity("test.kind", 1, {"seed": 17, "word": "milk"}, 17, {"corpus": ["a" * 64]})
 NEW = replace(OLD, settings={"seed": 17, "word": "tea"})
@@ -350,3 +355,37 @@ def test_what_a_kind_keeps_is_taken_from_a_finished_artifact(tmp_path: Path) -> 
     artifact.publish(folder)
     assert (artifact.begin(folder, "two", "kind.x", KEEPS) / ".work" / "answers").read_text() == "paid"
     assert (folder / "answers").read_text() == "paid"
+
+
+def test_of_a_stages_folder_the_one_that_was_meant_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    make(folder, OLD)
+    given = "that is the folder of a stage; give "
+    assert artifact.hint_for(folder, "config.json", "else") == f"{given}{folder}/model"
+    (folder / ".work").mkdir()
+    (folder / ".work" / "config.json").write_text("{}")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text("{}")
+    assert artifact.hint_for(folder, "config.json", "else") == f"{given}{folder}/model or {folder}/other"
+    assert artifact.hint_for(folder, "quality.json", "else") == "else"
+    assert artifact.hint_for(tmp_path / "none", "config.json", "else") == "else"
+    (folder / "manifest.json").unlink()
+    assert artifact.hint_for(folder, "config.json", "else").startswith("that is one folder too high; give ")
+    file = folder / "model" / "config.json"
+    assert artifact.hint_for(file, "config.json", "else") == f"that is a file; give its folder, {folder}/model"
+
+
+def test_readers_of_folders_name_the_one_that_was_meant(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    make(folder, OLD)
+    (folder / "quality").mkdir()
+    (folder / "quality" / "quality.json").write_text("{}")
+    of_model = (Tokenizer, TokenizerJson.read, ModelShape.from_folder, read_config, check_files)
+    readers = dict.fromkeys(of_model, "model") | {load_classifier: "quality"}
+    for read, role in readers.items():
+        with pytest.raises(SamovarError) as caught:
+            read(folder)  # type: ignore[operator]
+        assert caught.value.hint == f"that is the folder of a stage; give {folder}/{role}"
+        with pytest.raises(SamovarError) as caught:
+            read(tmp_path)  # type: ignore[operator]
+        assert caught.value.hint and "give /" not in caught.value.hint

@@ -13,7 +13,9 @@ from foundation.errors import InputError
 
 def test_documents_of_both_kinds_in_order(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first\nstill first\n\n\nsecond\r\n", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "third"}\n\n{"text": " "}\n{"text": "ёж"}', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "third"}\n\n{"text": " "}\n{"text": null}\n{"text": "ёж"}', encoding="utf-8"
+    )
     assert list(documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == [
         "first\nstill first",
         "second",
@@ -58,15 +60,72 @@ def test_bad_text_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     ("line", "said"),
     [
         ("{broken", "line 1: not JSON"),
-        ("[1]", "a list; a JSON object"),
+        ('"word"', "line 1: a string; a JSON object"),
+        ("5", "line 1: a number; a JSON object"),
         ('{"story": "x"}', r"no text under 'text'; the keys are \['story'\]"),
+        ('{"text": {"a": "x"}}', "line 1: an object under 'text', where text is needed"),
+        ('{"text": ["x"]}', "line 1: an array under 'text', where text is needed"),
+        ('{"text": 5.5}', "line 1: a number under 'text', where text is needed"),
+        ('{"text": true}', "line 1: true or false under 'text', where text is needed"),
+        ('{"messages": []}', "line 1: no text under 'text', but a conversation"),
+        ('{"text": null}\n{"text": " "}', "holds no document: each of its 2 texts is blank or null"),
     ],
 )
 def test_bad_json_lines_are_refused(tmp_path: Path, line: str, said: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=said) as caught:
         list(documents([path]))
+    assert caught.value.hint
+
+
+RECORDS = [{"text": "a [b] {c}"}, {"text": "d"}]
+ARRAY, OVER = "one JSON document, an array", " over many lines"
+
+
+@pytest.mark.parametrize(
+    ("content", "whole", "command"),
+    [
+        (json.dumps(RECORDS), ARRAY + ";", "jq -c '.[]' 'a b.ru.json' > 'lines-a b.ru.jsonl'"),
+        ("[]", ARRAY + ";", "jq -c '.[]' "),
+        (json.dumps(RECORDS, indent=1), ARRAY + OVER, "jq -c '.[]' "),
+        ("\n[" + ",\n".join(map(json.dumps, RECORDS)) + "]\n", ARRAY + OVER, "jq -c '.[]' "),
+        (json.dumps({"data": RECORDS}, indent=2), "an object" + OVER, "'.KEY[]'"),
+        ('{"data": [\n1]}', "an object" + OVER, "'.KEY[]'"),
+        ("\n".join(json.dumps(record, indent=2) for record in RECORDS), "an object" + OVER, "jq -c . "),
+    ],
+)
+def test_one_document_of_json_is_called_one(tmp_path: Path, content: str, whole: str, command: str) -> None:
+    path = tmp_path / "a b.ru.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=f"a b.ru.json looks like .*{whole}") as caught:
+        list(documents([path]))
+    assert command in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[Intro] words\nmore",
+        "[1",
+        '{"text": "b"\n{"text": "c"}',
+        '{"text": "b',
+        '{"text": "a"}\n[\n1]',
+        "{'a'\n:1}",
+    ],
+)
+def test_other_lines_that_are_no_json_are_not_called_one_document(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"a\.jsonl, line \d: not JSON"):
+        list(documents([tmp_path / "a.jsonl"]))
+
+
+def test_the_folder_of_a_stage_is_called_one(tmp_path: Path) -> None:
+    for name in ("manifest.json", "text.jsonl", "held.jsonl"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="a folder; a file is needed") as caught:
+        list(documents([tmp_path]))
+    assert "the folder of a stage; give a file that it wrote: held.jsonl, text.jsonl" in caught.value.hint
 
 
 def test_missing_file(tmp_path: Path) -> None:

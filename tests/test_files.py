@@ -20,6 +20,7 @@ from foundation.errors import InputError, RunError
 from foundation.files import (
     DigestCache,
     disk_trouble,
+    refuse_dangling,
     sha256_file,
     tree_digest,
     visible_files,
@@ -152,6 +153,37 @@ def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:
     for name in ("missing", "empty"):
         with pytest.raises(InputError, match=name):
             DigestCache().content(tmp_path / name)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    link = tmp_path / "deep" / "shard.bin"
+    link.parent.mkdir()
+    link.symlink_to("/gone/shard.bin")
+    (tmp_path / "a.txt").write_text("tea")
+    for act, path in ((refuse_dangling, tmp_path), (DigestCache().content, tmp_path), (refuse_dangling, link)):
+        with pytest.raises(InputError) as caught:
+            act(path)
+        assert caught.value.message == f"{link} is a link that leads nowhere, to /gone/shard.bin"
+        assert caught.value.hint == "put back what it points to, or remove the link"
+
+
+def test_all_links_that_lead_nowhere_at_once(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}").symlink_to(f"{(number + 1) % 7}")  # round in a ring
+    with pytest.raises(InputError, match=r"/0 is a link .*/4 is a link .*; and 2 more"):
+        DigestCache().content(tmp_path)
+
+
+def test_links_that_lead_somewhere_and_hidden_ones_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("tea")
+    before = DigestCache().content(tmp_path)
+    (tmp_path / ".#a.txt").symlink_to("user@host:1")  # an editor's lock
+    (tmp_path / ".old").mkdir()
+    (tmp_path / ".old" / "link").symlink_to("gone")
+    assert DigestCache().content(tmp_path) == before
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    (tmp_path / "up").symlink_to("..")
+    assert DigestCache().content(tmp_path) != before
 
 
 def test_the_cache_spares_a_second_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -265,5 +265,17 @@ def test_a_kill_costs_at_most_a_chunk(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_folder_that_is_no_classifier(tmp_path: Path) -> None:
     paths = corpus(tmp_path)
-    with pytest.raises(ArtifactError, match=r"no quality.json that can be read"):
-        run(Settings(threshold=0.5), {"corpus": paths, "quality": tmp_path}, tmp_path, Silent())
+    (tmp_path / "made" / "quality").mkdir(parents=True)
+    (tmp_path / "made" / "quality" / "quality.json").write_text('{"format": 0}')
+    for name, hint in (("none", "`quality` is the folder"), ("made", f"give {tmp_path}/made/quality")):
+        with pytest.raises(ArtifactError, match=r"no quality.json that can be read") as caught:
+            run(Settings(threshold=0.5), {"corpus": paths, "quality": tmp_path / name}, tmp_path, Silent())
+        assert hint in caught.value.hint
+    with pytest.raises(ArtifactError, match=r"has format 0, known here is 1") as caught:
+        run(
+            Settings(threshold=0.5),
+            {"corpus": paths, "quality": tmp_path / "made" / "quality"},
+            tmp_path,
+            Silent(),
+        )
+    assert caught.value.hint

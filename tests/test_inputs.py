@@ -122,3 +122,26 @@ def test_a_file_below_datasets_is_a_file(cache: Path, tmp_path: Path) -> None:
     named = {"a": "datasets/tea/leaves", "b": "datasets/tea/leaves.jsonl", "c": "datasets/tea/leaf/x"}
     problems = missing_inputs(named, tmp_path)
     assert [problem.split(":")[0] for problem in problems] == ["input 'b'", "input 'c'"]
+
+
+def test_links_that_lead_nowhere_are_told_before_a_run(tmp_path: Path) -> None:
+    for place in ("folder/a.txt", "fine/a.txt"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_text("tea")
+    (tmp_path / "folder" / "broken.txt").symlink_to("/gone")
+    (tmp_path / "lone").symlink_to("/gone too")
+    (tmp_path / "fine" / "b.txt").symlink_to("a.txt")
+    (tmp_path / "fine" / "deep").mkdir()
+    (tmp_path / "fine" / "deep" / "x").symlink_to("y")
+    named = {"a": "folder", "b": "lone", "c": "folder/*.txt", "d": "fine/*.txt", "e": "fine/deep"}
+    told = [
+        f"input 'a': {tmp_path}/folder/broken.txt is a link that leads nowhere, to /gone",
+        f"input 'b': {tmp_path}/lone is a link that leads nowhere, to /gone too",
+        f"input 'c': {tmp_path}/folder/broken.txt is a link that leads nowhere, to /gone",
+        f"input 'e': {tmp_path}/fine/deep/x is a link that leads nowhere, to y",
+    ]
+    hint = "; put back what it points to, or remove the link"
+    assert missing_inputs(named, tmp_path) == [line + hint for line in told]
+    with pytest.raises(InputError, match="lone is a link that leads nowhere, to /gone too") as caught:
+        find_input("lone", tmp_path, True)
+    assert caught.value.hint

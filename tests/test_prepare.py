@@ -77,7 +77,7 @@ def test_all_kinds_of_files_at_once_and_what_was_read(tmp_path: Path) -> None:
     russian = ["Жила-была девочка Маша, и была у неё сестра.", "Мама мыла раму, а рама сияла на солнце."]
     (tmp_path / "old.txt").write_bytes("\n\n".join(russian).encode("cp1251"))
     (tmp_path / "new.jsonl.gz").write_bytes(
-        gzip.compress('{"text": "A tale, retold"}\n{"text": "ёж"}'.encode())
+        gzip.compress('{"text": null}\n{"text": "A tale, retold"}\n{"text": "ёж"}\n{"text": " "}'.encode())
     )
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "test.jsonl", [{"text": "tested"}])
@@ -89,7 +89,7 @@ def test_all_kinds_of_files_at_once_and_what_was_read(tmp_path: Path) -> None:
     figures = run(Settings(held_share=0, min_characters=3, max_characters=41), inputs, tmp_path, report)
     assert list(documents([tmp_path / "text.jsonl"])) == [russian[1], "A tale, retold", "from a folder"]
     dropped = {"short": 2, "long": 1, "nul": 1, "repeated": 0}
-    assert figures.items() >= {"read": 7, "kept": 3, "held": 0, "sources": 3, **dropped}.items()
+    assert figures.items() >= {"read": 7, "blank": 2, "kept": 3, "held": 0, "sources": 3, **dropped}.items()
     assert figures["encodings"] == "cp1251 1, utf-8 2"
     cyrillic = sum("CYRILLIC" in unicodedata.name(c) for c in russian[1] if c.isalpha())
     latin = sum(map(str.isalpha, "A tale, retold from a folder"))
@@ -98,15 +98,18 @@ def test_all_kinds_of_files_at_once_and_what_was_read(tmp_path: Path) -> None:
     beyond_ascii = sum(ord(c) > 127 for text in russian for c in text)
     sources = [json.loads(line) for line in (tmp_path / "sources.jsonl").read_text().splitlines()]
     assert sources == [
-        {"source": "old.txt", "encoding": "cp1251", "documents": 2, "characters": sum(map(len, russian)),
-         "short": 0, "long": 1, "nul": 0, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 1.0,
-         "latin_share": 0.0},
-        {"source": "new.jsonl.gz", "encoding": "utf-8", "documents": 2, "characters": 16, "short": 1, "long": 0,
-         "nul": 0, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 0.0, "latin_share": 1.0},
-        {"source": "train.jsonl", "encoding": "utf-8", "documents": 3, "characters": 23, "short": 1, "long": 0,
-         "nul": 1, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 0.0, "latin_share": 1.0},
+        {"source": "old.txt", "encoding": "cp1251", "documents": 2, "blank": 0,
+         "characters": sum(map(len, russian)), "short": 0, "long": 1, "nul": 0, "repeated": 0, "kept": 1,
+         "held": 0, "cyrillic_share": 1.0, "latin_share": 0.0},
+        {"source": "new.jsonl.gz", "encoding": "utf-8", "documents": 2, "blank": 2, "characters": 16,
+         "short": 1, "long": 0, "nul": 0, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 0.0,
+         "latin_share": 1.0},
+        {"source": "train.jsonl", "encoding": "utf-8", "documents": 3, "blank": 0, "characters": 23,
+         "short": 1, "long": 0, "nul": 1, "repeated": 0, "kept": 1, "held": 0, "cyrillic_share": 0.0,
+         "latin_share": 1.0},
     ]  # fmt: skip
     assert report.notes[0].endswith("1 files read, 1 left out, such as test.jsonl")
+    assert report.notes[-1].startswith("3 sources, 2 blank rows, 7 documents: 2 too short, ")
     assert report.notes[1].startswith(f"old.txt: cp1251, judged by {beyond_ascii} characters")
 
 
@@ -166,12 +169,13 @@ FILES = ("text.jsonl", "held.jsonl", "sources.jsonl")
 
 
 def corpus(folder: Path) -> tuple[Path, ...]:
-    """Three sources with repeats within and between them, one of them in cp1251."""
+    """Three sources with repeats within and between them; two have blank rows and nulls, one is in cp1251."""
     rnd = random.Random(3)
     texts = [f"Это рассказ о мальчике, у которого было {rnd.randrange(900)} яблок." for _ in range(1500)]
-    write_jsonl(folder / "a.jsonl", ({"text": text} for text in texts[:700]))
+    blank = [{"text": None}, {"text": " "}]
+    write_jsonl(folder / "a.jsonl", (row for text in texts[:700] for row in ({"text": text}, *blank)))
     (folder / "b.txt").write_bytes("\n\n".join(texts[700:1100]).encode("cp1251"))
-    write_jsonl(folder / "c.jsonl", ({"text": text} for text in texts[1100:]))
+    write_jsonl(folder / "c.jsonl", [*blank, *({"text": text} for text in texts[1100:]), *blank * 30])
     return tuple(folder / name for name in ("a.jsonl", "b.txt", "c.jsonl"))
 
 
@@ -192,7 +196,7 @@ def test_stopped_and_resumed_again_and_again_it_writes_the_same(
             stops += 1
             with (tmp_path / "parts" / ".work" / "text.jsonl").open("ab") as file:
                 file.write(b'{"text": "half a li')  # as after a kill: more than the checkpoint counts
-    assert stops >= 5 and again == figures
+    assert stops >= 5 and again == figures and figures["blank"] == 2 * 700 + 2 + 60
     for name in FILES:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

@@ -22,6 +22,7 @@ from corpora import encodings
 from corpora.folders import inferred
 from corpora.readers import Choice, documents_in, sources_of
 from foundation import dataio
+from foundation.dataio import write_jsonl
 from foundation.errors import InputError
 from foundation.report import Silent
 
@@ -129,9 +130,62 @@ def test_parquet_and_its_kinds_of_text(tmp_path: Path) -> None:
         assert read(path) == TEXTS
 
 
+def save_dataset(path: Path, texts: list[str | None]) -> None:
+    datasets = pytest.importorskip("datasets")
+    kind = datasets.Features({"text": datasets.Value("string")})
+    shutil.rmtree(path, ignore_errors=True)
+    datasets.Dataset.from_dict({"text": texts}, features=kind).save_to_disk(path)
+
+
+KINDS: dict[str, Callable[[Path, list[str | None]], object]] = {
+    "a.jsonl": lambda path, texts: write_jsonl(path, ({"text": text} for text in texts)),
+    "a.csv": lambda path, texts: path.write_text("".join(f"{text or ''},1\n" for text in ["text", *texts])),
+    "a.tsv": lambda path, texts: path.write_text("".join(f"{text or ''}\t1\n" for text in ["text", *texts])),
+    "a.parquet": lambda path, texts: parquet.write_table(
+        pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path
+    ),
+    "saved": save_dataset,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_a_text_are_passed_over_and_counted(tmp_path: Path, kind: str) -> None:
+    """One rule for every kind of file: blank or null is no document, and no fault."""
+    path = tmp_path / kind
+    KINDS[kind](path, [None, "one", " ", "", "two", None, "\u00a0"])
+    [source] = sources_of([path], Choice(), Silent())
+    assert list(documents_in(source)) == ["one", "two"] and source.blank == 5
+    KINDS[kind](path, [None, " ", None])
+    with pytest.raises(InputError, match="holds no document: each of its 3 texts is blank or null") as caught:
+        read(path)
+    assert "`field`" in caught.value.hint
+
+
+def test_parquet_without_a_row_is_not_called_blank(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    with pytest.raises(InputError) as caught:
+        read(tmp_path / "a.parquet")
+    assert caught.value.message.endswith("holds no document") and "line" not in caught.value.hint
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    lay(tmp_path / "set", ["a.jsonl"])
+    (tmp_path / "set" / "b.jsonl").symlink_to("/gone.jsonl")
+    for given in (tmp_path / "set", tmp_path / "set" / "b.jsonl"):
+        with pytest.raises(InputError, match=r"b\.jsonl is a link that leads nowhere, to /gone\.jsonl"):
+            read(given)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
+        ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: a number under 'text', where text is needed"),
+        ("a.json", b'[\n{"text": "x"}]', r"a\.json looks like one JSON document, an array over many lines"),
+        (
+            "a.json.gz",
+            gzip.compress(b'[{"text": "x"}]', mtime=0),
+            r"a\.json\.gz looks like one JSON document, an array;",
+        ),
         ("a.jsonl", b'{"story": "x"}\n', r"a\.jsonl, line 1: no text under 'text'; the keys are \['story'\]"),
         ("a.jsonl", b"", r"a\.jsonl: the file is empty"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: holds no document"),

@@ -123,8 +123,13 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 def test_folder_without_or_with_broken_config(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        ModelShape.from_folder(tmp_path)
+    (tmp_path / "stage" / "model").mkdir(parents=True)
+    for name in ("manifest.json", "model/config.json"):
+        (tmp_path / "stage" / name).write_text("{}")
+    for given, hint in (("", "save_pretrained"), ("stage", f"folder of a stage; give {tmp_path}/stage/model")):
+        with pytest.raises(ModelError, match=r"no config\.json") as caught:
+            ModelShape.from_folder(tmp_path / given)
+        assert hint in caught.value.hint
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         ModelShape.from_folder(tmp_path)
