@@ -162,6 +162,7 @@ WORLD = [
     stage(
         "base", "adaptation.scratch", 'corpus = "world.english"',
         layers=4, hidden=128, ffn=384, vocab_tokens=900, batch_rows=8, steps=700, learning_rate=2.5e-3,
+        context_tokens=512,
     ),
     stage("vocabulary", "adaptation.vocabulary", 'model = "base", corpus = "world.russian"', add_tokens=600),
     stage("embedded", "adaptation.embeddings", 'model = "base", tokenizer = "vocabulary"'),
@@ -209,7 +210,7 @@ def propagation(seed: int, out: Path) -> dict[str, Values]:
 def measured(name: str) -> str:
     """Bits per byte of both languages, and the share of valid programmes on held-out profiles."""
     reads = f'model = "{name}", texts = ["{HELD[0]}", "{HELD[1]}"], tasks = ["world.profiles"]'
-    return stage(f"{name}_score", "evaluation.score", reads, label=name, max_items=200)
+    return stage(f"{name}_score", "evaluation.score", reads, label=name, max_items=400)
 
 
 def whole(folder: Path, name: str) -> Values:
@@ -236,7 +237,8 @@ def kl(seed: int, out: Path) -> dict[str, Values]:
             stages.append(
                 stage(
                     name, "adaptation.pretrain", reads, trains=["embeddings", "head", "layers"],
-                    weights=weights, kl_weight=weight, batch_rows=8, steps=300, learning_rate=2e-3,
+                    weights=weights, kl_weight=weight, block_tokens=64, batch_rows=16, steps=200,
+                    learning_rate=2e-3,
                 )
             )  # fmt: skip
     stages += [scored(name, *HELD) for name in names.values()]
