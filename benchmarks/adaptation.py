@@ -1,7 +1,7 @@
 """Is an extended vocabulary worth it, does propagation carry it over, and does KL keep the old language?
 
-Three experiments, each seed of each a run of its own under runs/adaptation/. A stage that is done is never
-done again.
+Three experiments; each seed is a run of its own under runs/adaptation/, one for both that read the small world.
+A stage that is done is never done again.
 
 stories       stories260K, an English model that others trained, learns Russian: {no extension, extension with
               mean or random new rows} x {new rows, embeddings and head, all weights}, after equal compute

@@ -6,7 +6,7 @@ from foundation.report import Silent
 
 
 class StopsAfter(Silent):
-    """Asks for a stop at the n-th question."""
+    """Answers so many questions with no, and then asks for a stop."""
 
     def __init__(self, questions: int) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from reports import StopsAfter
 
 from corpora import minhash, repeats, signatures
 from corpora.deduplicate import Settings, run
@@ -378,18 +379,6 @@ def small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(repeats, "CHUNK", 40)
 
 
-class Stopping(Silent):
-    """Asks to stop at the n-th question."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
-
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left == 0
-
-
 def test_stopped_and_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stop at every one of the places where it can; once more in between, a block half written by a kill."""
     path = corpus(tmp_path)
@@ -401,7 +390,7 @@ def test_stopped_and_resumed_is_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     broken.mkdir()
     while True:
         try:
-            assert run(Settings(), {"corpus": (path,)}, broken, Stopping(3)) == figures
+            assert run(Settings(), {"corpus": (path,)}, broken, StopsAfter(2)) == figures
             break
         except StopRequested:
             stops += 1

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from reports import StopsAfter
 
 from corpora import prepare
 from corpora.prepare import Digests, Settings, run
@@ -153,18 +154,6 @@ def test_only_the_first_documents(tmp_path: Path) -> None:
     assert list(documents([tmp_path / "text.jsonl"])) == ["one", "two"]
 
 
-class Stopping(Silent):
-    """Asks to stop after each so many times that it is asked whether to."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.left = after
-
-    def stop_requested(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
-
 FILES = ("text.jsonl", "held.jsonl", "sources.jsonl")
 
 
@@ -190,7 +179,7 @@ def test_stopped_and_resumed_again_and_again_it_writes_the_same(
     stops = 0
     while True:
         try:
-            again = run(Settings(held_share=0.3), inputs, tmp_path / "parts", Stopping(5))
+            again = run(Settings(held_share=0.3), inputs, tmp_path / "parts", StopsAfter(4))
             break
         except StopRequested:
             stops += 1
