@@ -21,7 +21,24 @@ MAX_CONTEXT = 2**24
 MAX_LIST = 4096  # numbers of a list that are kept: those with one number a layer
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
+SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")  # how llama.cpp names the parts of a split model
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def find(path: Path) -> Path:
+    """The GGUF file to open at `path`: itself, the only one of a folder, or the first of its shards.
+
+    Raises ModelError: none, or several that are not shards of one model.
+    """
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    later = [file for file in found if (part := SHARD.search(file.name)) and int(part[1]) > 1]
+    whole = [file for file in found if file not in later]
+    if len(whole) == 1:
+        return whole[0]
+    names = ", ".join(file.name for file in whole[:5]) or "no GGUF file"
+    raise ModelError(f"{path} holds {names}; one is needed", hint="name the file itself")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -19,7 +19,7 @@ from foundation.ranks import rank, world
 from foundation.report import Report
 from foundation.stage import Figures
 from samovar.order import Order, Result, call, result_of
-from samovar.process import die_with
+from foundation.process import die_with
 from samovar.worker import EventReport
 
 _POLL_SECONDS = 0.05

@@ -33,7 +33,7 @@ from samovar.board import Board
 from samovar.inputs import Inputs
 from samovar.order import Order, Result
 from samovar.plan import Action, Planner, Step, refuse_altered
-from samovar.process import environment
+from foundation.process import environment
 from samovar.recipe import Recipe, Stage
 from samovar.screen import Careful, NoScreen, Screen
 from samovar.show import log_tail

@@ -34,7 +34,7 @@ from foundation.report import Report
 from foundation.settings import StageSettings
 from foundation.stage import Figures
 from samovar.order import Order, Result
-from samovar.process import die_with, environment
+from foundation.process import die_with, environment
 
 FOLDER = "ranks"  # in .work
 _POLL_SECONDS = 0.05

@@ -30,7 +30,7 @@ from foundation.files import stamps
 from foundation.memory import peak_memory_bytes
 from foundation.report import Report
 from samovar.order import Order, Result, call, result_of
-from samovar.process import die_with
+from foundation.process import die_with
 from samovar.torchrun import RanksBroke, launch
 
 EVENTS_A_SECOND = 5.0

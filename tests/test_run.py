@@ -456,7 +456,7 @@ def test_files_beside_the_recipe_do_not_replace_modules(house: House, monkeypatc
 
 
 def test_workers_get_their_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from samovar import process as module
+    from foundation import process as module
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(module, "usable_cores", lambda: 8)
