@@ -99,7 +99,7 @@ def run_alone(
         settings=counted(settings)[0],
         inputs={role: _arity(kind, role, [str(path) for path in found]) for role, found in paths.items()},
         digests={role: _arity(kind, role, found) for role, found in digests.items()},
-        writes=kind.writes,
+        writes=kind.written(settings),
         handed=kind.handed,
         keeps=kind.keeps,
         folder=str(folder),

@@ -199,7 +199,7 @@ class _Checker:
         self.problems: list[str] = []
         self.inputs: Mapping[str, str] = {}
         self.names: list[str] = []  # of all stages, in order
-        self.above: dict[str, Kind | None] = {}  # of the stages read so far; None where the kind is at fault
+        self.above: dict[str, list[str]] = {}  # roles that the stages read so far write; none: a kind at fault
 
     def say(self, where: str, problem: str) -> None:
         self.problems.append(f"{self.file}, {where}: {problem}" if where else f"{self.file}: {problem}")
@@ -252,13 +252,14 @@ class _Checker:
             name = self._stage_name(number, entry.get("name"))
             where = f"stage '{name}'"
             kind = self._kind(where, entry)
+            self.above[name] = list(kind.writes) if kind else []
             if kind is not None:
                 reads = self._reads(where, entry.get("reads", {}), kind)
                 settings = self._settings(where, name, entry, kind, header, short)
                 if settings is not None:
                     stages.append(Stage(name, entry["kind"], reads, settings))
                     self._agrees(where, kind, stages)
-            self.above[name] = kind
+                    self.above[name] = list(kind.written(settings))
         return stages
 
     def _agrees(self, where: str, kind: Kind, stages: list[Stage]) -> None:
@@ -345,12 +346,12 @@ class _Checker:
         """What `value`, "input", "stage" or "stage.role", stands for."""
         name, dot, role = value.partition(".")
         if name in self.above:
-            kind = self.above[name]
-            if kind is None:  # its own fault is reported already
+            roles = self.above[name]
+            if not roles:  # its own fault is reported already
                 return None
-            if not dot or role in kind.writes:
-                return Source(name, role or kind.primary)
-            self.say(where, f"stage '{name}' writes no '{role}'{nearest(role, kind.writes)}")
+            if not dot or role in roles:
+                return Source(name, role or roles[0])
+            self.say(where, f"stage '{name}' writes no '{role}'{nearest(role, roles)}")
         elif name in self.inputs:
             if not dot:
                 return Source(name)

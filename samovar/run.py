@@ -332,7 +332,7 @@ def make_order(step: Step, planner: Planner, kind: Kind) -> Order:
         settings=step.identity.settings,
         inputs=inputs,
         digests=step.identity.inputs,
-        writes=kind.writes,
+        writes=kind.written(step.stage.settings),
         handed=kind.handed,
         keeps=kind.keeps,
         folder=str(planner.folder / step.stage.name),

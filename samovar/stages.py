@@ -28,7 +28,8 @@ class Kind:
     stage that needs another's act. `distributed`: it can run as several processes, and has the setting for it.
     `keeps`: what a change of settings does not throw away, see foundation.artifact.begin. `agrees`: a function
     of the settings and of what is read (foundation.stage.Reads) that lists what can not go together, so that a
-    recipe is refused before the hours are spent.
+    recipe is refused before the hours are spent. `chooses`: a function of the settings that names the roles a
+    stage with them writes, where it does not write all.
     """
 
     about: str
@@ -41,13 +42,15 @@ class Kind:
     distributed: bool = False
     keeps: Mapping[str, str] = field(default_factory=dict)
     agrees: str = ""
+    chooses: str = ""
 
     def settings_class(self) -> type[StageSettings]:
         return resolve(self.settings)
 
-    @property
-    def primary(self) -> str:
-        return next(iter(self.writes))
+    def written(self, settings: StageSettings) -> Mapping[str, str]:
+        """The roles that a stage with these settings writes; the first is the one meant by the stage's name."""
+        chosen = resolve(self.chooses)(settings) if self.chooses else self.writes
+        return {role: path for role, path in self.writes.items() if role in chosen}
 
 
 def counted(settings: StageSettings) -> tuple[dict[str, Any], dict[str, Any]]:

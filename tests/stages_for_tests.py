@@ -107,7 +107,28 @@ def exclaim(text: str) -> str:
     return text.strip().upper() + "!"
 
 
+class PourSettings(StageSettings):
+    cups: tuple[str, ...] = Field(("large",), description="which cups are filled")
+
+
+def pour(settings: PourSettings, inputs: Any, out: Path, report: Report) -> dict[str, Any]:
+    for cup in settings.cups:
+        (out / f"{cup}.txt").write_text(cup)
+    return {}
+
+
+def poured(settings: PourSettings) -> tuple[str, ...]:
+    return settings.cups
+
+
 KINDS = {
+    "test.pour": Kind(
+        about="fill some cups",
+        settings="stages_for_tests:PourSettings",
+        run="stages_for_tests:pour",
+        writes={"small": "small.txt", "large": "large.txt"},
+        chooses="stages_for_tests:poured",
+    ),
     "test.write": Kind(
         about="write words",
         settings="stages_for_tests:WriteSettings",

@@ -121,3 +121,7 @@ def test_a_setting_that_alters_no_byte_is_not_in_the_fingerprint() -> None:
     unhurried = run_alone("test.write", {}, {"step_seconds": 0.01}, Path("slow"), NoScreen(), KINDS)
     assert unhurried.identity == quick.identity and unhurried.seconds > quick.seconds
     assert run_alone("test.write", {}, {"times": 1}, Path("n"), NoScreen(), KINDS).identity != quick.identity
+
+
+def test_a_stage_need_not_write_the_roles_that_its_settings_leave_out() -> None:
+    assert sorted(alone("test.pour", "cup").files) == ["large.txt"]

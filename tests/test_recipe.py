@@ -142,6 +142,27 @@ def test_roles_that_a_stage_does_not_write(tmp_path: Path) -> None:
     ]
 
 
+def test_roles_that_the_settings_of_a_stage_leave_out(tmp_path: Path) -> None:
+    """A stage named alone means the first role that it writes with its settings."""
+    text = """
+        name = "tea"
+        [[stage]]
+        name = "p"
+        kind = "test.pour"
+        [[stage]]
+        name = "j"
+        kind = "test.join"
+        reads = { texts = ["p", "p.large", "p.small"] }
+    """
+    assert problems(tmp_path, text) == [
+        "tea.toml, stage 'j': 'texts': stage 'p' writes no 'small'; known: large",
+    ]
+    path = tmp_path / "tea.toml"
+    path.write_text(text.replace(', "p.small"', ""))
+    sources = load(path, kinds=KINDS).stages[1].reads["texts"]
+    assert [source.role for source in sources] == ["large", "large"]
+
+
 def test_all_faults_at_once(tmp_path: Path) -> None:
     text = """
 nmae = "tea"
