@@ -15,11 +15,11 @@ from pathlib import Path
 
 from foundation.events import EventLog
 from foundation.files import read_json, write_json
+from foundation.process import die_with
 from foundation.ranks import rank, world
 from foundation.report import Report
 from foundation.stage import Figures
 from samovar.order import Order, Result, call, result_of
-from foundation.process import die_with
 from samovar.worker import EventReport
 
 _POLL_SECONDS = 0.05

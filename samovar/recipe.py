@@ -252,14 +252,15 @@ class _Checker:
             name = self._stage_name(number, entry.get("name"))
             where = f"stage '{name}'"
             kind = self._kind(where, entry)
-            self.above[name] = list(kind.writes) if kind else []
+            roles = list(kind.writes) if kind else []
             if kind is not None:
                 reads = self._reads(where, entry.get("reads", {}), kind)
                 settings = self._settings(where, name, entry, kind, header, short)
                 if settings is not None:
                     stages.append(Stage(name, entry["kind"], reads, settings))
                     self._agrees(where, kind, stages)
-                    self.above[name] = list(kind.written(settings))
+                    roles = list(kind.written(settings))
+            self.above[name] = roles
         return stages
 
     def _agrees(self, where: str, kind: Kind, stages: list[Stage]) -> None:

@@ -27,13 +27,13 @@ from foundation.artifact import Manifest
 from foundation.errors import SamovarError
 from foundation.events import EventLog, Tail
 from foundation.files import DigestCache, writing
+from foundation.process import environment
 from foundation.rundir import Lock, RunDirectory, acquire
 from foundation.runstate import State
 from samovar.board import Board
 from samovar.inputs import Inputs
 from samovar.order import Order, Result
 from samovar.plan import Action, Planner, Step, refuse_altered
-from foundation.process import environment
 from samovar.recipe import Recipe, Stage
 from samovar.screen import Careful, NoScreen, Screen
 from samovar.show import log_tail

@@ -30,11 +30,11 @@ from typing import Any
 from foundation.errors import MissingError, SamovarError, StopRequested
 from foundation.events import Tail
 from foundation.files import read_json, write_json
+from foundation.process import die_with, environment
 from foundation.report import Report
 from foundation.settings import StageSettings
 from foundation.stage import Figures
 from samovar.order import Order, Result
-from foundation.process import die_with, environment
 
 FOLDER = "ranks"  # in .work
 _POLL_SECONDS = 0.05

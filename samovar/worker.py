@@ -28,9 +28,9 @@ from foundation.errors import ArtifactError, InputError, RunError
 from foundation.events import EventLog
 from foundation.files import stamps
 from foundation.memory import peak_memory_bytes
+from foundation.process import die_with
 from foundation.report import Report
 from samovar.order import Order, Result, call, result_of
-from foundation.process import die_with
 from samovar.torchrun import RanksBroke, launch
 
 EVENTS_A_SECOND = 5.0

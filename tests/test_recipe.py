@@ -99,7 +99,7 @@ def test_short_changes_what_it_names(tmp_path: Path) -> None:
         (stage("word = 2024-01-01"), A + "key 'word': not a value a setting can have"),
         (stage("seed = -1"), A + "key 'seed': should be greater than or equal to 0, not -1"),
         (stage("", kind="test.wrte"), A + "unknown kind 'test.wrte'; did you mean 'test.write'?"),
-        (stage("", kind="os.system"), A + "unknown kind 'os.system'; known: test.join, test.shout, test.write"),
+        (stage("", kind="os.system"), A + "unknown kind 'os.system'; known: test.join, test.pour, test.shout, test.write"),
         (stage("", name="../x"), "tea.toml, stage '../x': a stage's name is " + LETTERS + "'../x'"),
         (stage("", name="lock"), "tea.toml, stage 'lock': 'lock' is a name the run directory needs itself"),
         (stage("reads = { befor = 'x' }"), A + "it does not read 'befor'; did you mean 'before'?"),
