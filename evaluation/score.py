@@ -18,6 +18,7 @@ from evaluation.bits import bits_per_byte
 from evaluation.names import names_of
 from evaluation.programmes import valid_programmes
 from evaluation.tasks import load_tasks, measure
+from foundation import gguf_header
 from foundation.dataio import documents
 from foundation.errors import InputError
 from foundation.model import context_tokens, load
@@ -76,8 +77,8 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
             figures |= {f"task_{name}": task["score"] for name, task in scores["tasks"].items()}
             figures["task_mean"] = scores["task_mean"]["score"]
     if "gguf" in inputs:
-        gguf = one(inputs, "gguf")
-        scores["bytes"] = gguf.stat().st_size
+        gguf = gguf_header.find(one(inputs, "gguf"))
+        scores["bytes"] = sum(part.stat().st_size for part in gguf_header.shards(gguf))
         if "profiles" in inputs:
             found = valid_programmes(gguf, one(inputs, "profiles"), report, settings.max_profiles)
             scores["programmes"] = found

@@ -21,7 +21,7 @@ MAX_CONTEXT = 2**24
 MAX_LIST = 4096  # numbers of a list that are kept: those with one number a layer
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
-SHARD = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")  # how llama.cpp names the parts of a split model
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the parts of a split model
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -32,13 +32,29 @@ def find(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    found = sorted(path.glob("*.gguf"))
-    later = [file for file in found if (part := SHARD.search(file.name)) and int(part[1]) > 1]
-    whole = [file for file in found if file not in later]
-    if len(whole) == 1:
-        return whole[0]
-    names = ", ".join(file.name for file in whole[:5]) or "no GGUF file"
+    found = files(path)
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(file.name for file in found[:5]) or "no GGUF file"
     raise ModelError(f"{path} holds {names}; one is needed", hint="name the file itself")
+
+
+def files(folder: Path) -> list[Path]:
+    """The GGUF files of a folder by name; of a model in shards the first."""
+    found = sorted(file for file in folder.glob("*.gguf") if file.is_file())  # a link may lead nowhere
+    return [file for file in found if not (part := SHARD.search(file.name)) or int(part[1]) == 1]
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of the model that begins with `path`: itself, or every shard. ModelError where one lacks."""
+    part = SHARD.search(path.name)
+    if part is None:
+        return [path]
+    stem, count = path.name[: part.start()], int(part[2])
+    found = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    if missing := [file.name for file in found if not file.is_file()]:
+        raise ModelError(f"{path}: of its {count} shards {', '.join(missing[:3])} is missing")
+    return found
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from foundation import gguf_header
 from foundation.chat import ChatTemplate
 from foundation.dataio import Message
 from foundation.errors import InputError, ModelError, SamovarError
@@ -48,8 +49,7 @@ def gguf_of(bundle: Path) -> Path:
         served = _served(listing)
         if served is not None:
             return served
-    found = (path for path in bundle.glob("gguf/*.gguf") if path.is_file())  # a link may lead nowhere
-    files = sorted(found, key=lambda path: (path.stat().st_size, path.name))
+    files = sorted(gguf_header.files(bundle / "gguf"), key=lambda path: (path.stat().st_size, path.name))
     if not files:
         raise InputError(
             f"{bundle}: no bundle and no GGUF file", hint="give a run, a bundle folder, or a .gguf file"

@@ -14,7 +14,6 @@ import pytest
 from foundation import child as module
 from foundation.child import ChildBroke, in_child
 from foundation.errors import InputError, ModelError, RunError, StopRequested
-from foundation.gguf_header import find
 from foundation.report import Silent
 
 pytestmark = pytest.mark.usefixtures("importable")
@@ -121,15 +120,3 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def test_find_takes_a_file_a_lonely_file_and_the_first_shard(tmp_path: Path) -> None:
-    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
-        (tmp_path / name).touch()
-    assert find(tmp_path).name == "m-00001-of-00002.gguf"
-    assert find(tmp_path / "m-00002-of-00002.gguf").name == "m-00002-of-00002.gguf"
-    (tmp_path / "other.gguf").touch()
-    with pytest.raises(ModelError, match=r"m-00001-of-00002\.gguf, other\.gguf; one is needed"):
-        find(tmp_path)
-    with pytest.raises(ModelError, match="holds no GGUF file"):
-        find(tmp_path / "m-none")
