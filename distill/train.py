@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from distill.losses import LOSSES, make_loss
 from distill.store import TopKStore
-from foundation.adapters import Backend, Lora, merged, taken_off, with_adapters
+from foundation.adapters import Backend, Lora, merged, save_adapters, taken_off, with_adapters
 from foundation.curves import CURVES
 from foundation.dataio import conversations
 from foundation.errors import InputError
@@ -100,6 +100,11 @@ def disagreements(settings: Settings, reads: Reads) -> list[str]:
     return problems
 
 
+def written(settings: Settings) -> tuple[str, ...]:
+    """The roles that these settings make: adapters only where there are some."""
+    return ("model", "curves", "adapter") if settings.lora_rank else ("model", "curves")
+
+
 def _teacher_trouble(loss: str) -> str:
     return f"loss = {loss!r} {'needs' if LOSSES[loss].reads else 'does not read'} a teacher's store"
 
@@ -107,7 +112,8 @@ def _teacher_trouble(loss: str) -> str:
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
     """Train `model` on `data`, beside `teacher` (a store) unless loss = "ce".
 
-    Writes out/model and out/curves.jsonl; under torchrun rank 0 alone does. Raises InputError when data or
+    Writes out/model and out/curves.jsonl, with LoRA out/adapter too: peft's folder of what was merged. Under
+    torchrun rank 0 alone does. Raises InputError when data or
     store do not go with the settings, ModelError when store and student do not go together: both before the
     first step.
     """
@@ -138,6 +144,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     if is_main():
         if settings.lora_rank:
             adapters = taken_off(model)
+            save_adapters(adapters, lora, lora.layers(model), out / "adapter")
             del model  # its memory is wanted for the base as it is stored
             model = merged(folder, adapters)
         save(model, folder, out / "model")

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.errors import MissingError, ModelError
+from foundation.files import write_json
 from foundation.model import Precision, check_files, load
 from foundation.report import Report
 
@@ -122,6 +124,35 @@ def taken_off(model: Any) -> dict[str, Any]:
         up, down = (part["default"].weight.detach().float().cpu() for part in (module.lora_B, module.lora_A))
         found[name.removeprefix("base_model.model.")] = (up, down, float(module.scaling["default"]))
     return found
+
+
+def save_adapters(adapters: Mapping[str, Any], lora: Lora, layers: list[int] | None, folder: Path) -> None:
+    """Write what `taken_off` found as peft's own folder, so that one base can serve several of them.
+
+    folder: adapter_config.json and adapter_model.safetensors, float32. Its base is named by nobody: the file is
+    the same wherever it was made.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, (up, down, _) in adapters.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()  # [r, D_in]
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.contiguous()  # [D_out, r]
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapters}),
+        "layers_to_transform": layers,
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
 
 
 class Beside:

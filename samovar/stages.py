@@ -197,10 +197,11 @@ KINDS: Mapping[str, Kind] = {
         "distill.train",
         "train on dialogues, alone or after a teacher",
         reads={"model": "one", "data": "many", "teacher": "optional"},
-        writes={"model": "model", "curves": "curves.jsonl"},
+        writes={"model": "model", "curves": "curves.jsonl", "adapter": "adapter"},
         agrees="distill.train:disagreements",
+        chooses="distill.train:written",
         distributed=True,
-        version=4,
+        version=5,
     ),
     "distill.capture": _kind(
         "distill.capture",

@@ -253,6 +253,23 @@ def test_merged_weights_are_base_plus_scaled_product(
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+def test_the_adapters_are_kept_as_peft_reads_them(student: Path, data: Path, tmp_path: Path) -> None:
+    """Base and adapter, joined by peft, answer as the merged model does; full training keeps none."""
+    from peft import PeftModel
+
+    given = {"model": student, "data": (data,)}
+    train.run(train.Settings(**LORA, **SHORT, lora_layers="ends"), given, tmp_path, Silent())
+    joined = PeftModel.from_pretrained(load(student), str(tmp_path / "adapter")).eval()
+    ids = torch.arange(40)[None] % 60
+    with torch.no_grad():
+        wanted, base = load(tmp_path / "model")(ids).logits, load(student)(ids).logits
+        found = joined(ids).logits
+    assert (found - wanted).abs().max() < 1e-5 < (base - wanted).abs().max()
+    assert str(tmp_path) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert train.written(train.Settings(**LORA)) == ("model", "curves", "adapter")
+    assert train.written(train.Settings()) == ("model", "curves")
+
+
 def test_adapters_on_an_untied_model_leave_its_head_alone(data: Path, tmp_path: Path) -> None:
     base = tiny_model(tmp_path / "base", tie_word_embeddings=False)
     train.run(train.Settings(**LORA, **SHORT), {"model": base, "data": (data,)}, tmp_path, Silent())
