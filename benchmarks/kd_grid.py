@@ -149,7 +149,7 @@ def valid_share(model: Path, base: Path, out: Path) -> dict[str, float]:
     from foundation.report import Silent
 
     gguf.run(gguf.Settings(), {"model": model}, out, Silent())
-    found = valid_programmes(out / "model.gguf", base / "world" / "profiles.jsonl", Silent(), 200)
+    found = valid_programmes(out / "gguf" / "model.gguf", base / "world" / "profiles.jsonl", Silent(), 200)
     return {"valid_share": found["mean"], "en": found["en"]["share"], "ru": found["ru"]["share"]}
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from export.checkpoint import Checkpoint
+from export.checkpoint import Checkpoint, floats
 from foundation.errors import ModelError
 from foundation.shape import FAMILIES, ModelShape
 
@@ -69,9 +69,22 @@ def check(shape: ModelShape) -> Target:
     if problems:
         raise ModelError(
             f"this {shape.model_type} can not be exported: " + "; ".join(problems),
-            hint="a shorter context, or a checkpoint without these features, can",
+            hint="cap_context writes a model with sliding windows for contexts up to one window"
+            if any(shape.windows) and not target.windows
+            else "a checkpoint without these features can",
         )
     return target
+
+
+def capped(shape: ModelShape) -> ModelShape:
+    """The shape with a context of one sliding window, where llama.cpp would ignore the windows; else `shape`.
+
+    Up to so many tokens a window hides nothing, and full attention computes the same.
+    """
+    if TARGETS[shape.model_type].windows or not any(shape.windows):
+        return shape
+    window = min(w for w in shape.windows if w)
+    return replace(shape, context=min(shape.context, window), windows=(None,) * shape.layers)
 
 
 def describe(writer: Any, shape: ModelShape, target: Target) -> None:
@@ -122,6 +135,27 @@ def tensor_names(shape: ModelShape, target: Target, checkpoint: Checkpoint) -> d
     return gguf_names(shape, target)
 
 
+def check_tied(shape: ModelShape, checkpoint: Checkpoint) -> None:
+    """Raise ModelError when a tied model stores an output matrix that is no copy of the embedding.
+
+    transformers would then use one of them, depending on its version, and llama.cpp the embedding.
+    """
+    import numpy as np
+
+    output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not shape.tied or output not in checkpoint.names():
+        return
+    same = checkpoint.shape(output) == checkpoint.shape(embedding) and all(
+        np.array_equal(a, b)
+        for a, b in zip(checkpoint.blocks(output), checkpoint.blocks(embedding), strict=False)
+    )
+    if not same:
+        raise ModelError(
+            f"{checkpoint.folder}: {output} is no copy of {embedding}, and config.json says that they are tied",
+            hint="set tie_word_embeddings to false, or remove the tensor that is not meant",
+        )
+
+
 def gguf_names(shape: ModelShape, target: Target) -> dict[str, str]:
     """Name of every tensor that the shape has -> GGUF name, in file order."""
     import gguf
@@ -131,21 +165,26 @@ def gguf_names(shape: ModelShape, target: Target) -> dict[str, str]:
     return {name: table.get_name(name, try_suffixes=(".weight", ".bias")) for name in shape.tensors()}
 
 
-def weights(shape: ModelShape, target: Target, checkpoint: Checkpoint) -> Iterator[tuple[str, np.ndarray]]:
-    """(checkpoint name, float32 values as llama.cpp wants them) one by one, in `tensor_names` order."""
+def rows(name: str, shape: ModelShape, target: Target, checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    """Values of the checkpoint's tensor `name` as llama.cpp wants them, in blocks as `Checkpoint.blocks` gives.
+
+    Where rows are only reordered their type stays; where something is computed it becomes float32.
+    """
     import numpy as np
 
-    for name in shape.tensors():
-        values = checkpoint.read(name)
-        if target.norm_plus_one and name.endswith("norm.weight"):
-            values = values + 1
-        if name.endswith("q_norm.weight"):
-            values = values * np.float32(query_factor(shape))
-        if target.pairs and ".q_proj." in name:
-            values = halves_to_pairs(values, shape.heads)
-        if target.pairs and ".k_proj." in name:
-            values = halves_to_pairs(values, shape.kv_heads)
-        yield name, values
+    if target.pairs and (".q_proj." in name or ".k_proj." in name):
+        for block in checkpoint.blocks(name, shape.head_dim):  # whole heads
+            yield halves_to_pairs(block, len(block) // shape.head_dim)
+    elif name.endswith("norm.weight"):
+        for block in checkpoint.blocks(name):
+            values = floats(block)
+            if target.norm_plus_one:
+                values = values + 1
+            if name.endswith("q_norm.weight"):
+                values = values * np.float32(query_factor(shape))
+            yield values
+    else:
+        yield from checkpoint.blocks(name)
 
 
 def query_factor(shape: ModelShape) -> float:

@@ -1,8 +1,9 @@
-"""The weights of a Hugging Face folder, one tensor at a time, as numpy and without torch.
+"""The weights of a Hugging Face folder, some rows of a tensor at a time, as numpy and without torch.
 
 A safetensors file is a table of contents in JSON and then raw bytes. It is read here by hand, because
 numpy has no bfloat16 and the library's numpy side refuses such files: a bfloat16 is the upper half of
-a float32, so a shift restores it. Files are mapped, not loaded: a 32B model needs a few GB of memory.
+a float32, so a shift restores it. Rows are read into one buffer and not mapped: mapped pages count as
+memory of the process, so that a 30 GB model seemed to need 30 GB.
 Untrusted input: sizes, offsets and names are checked. Pickled checkpoints (*.bin, *.pt) are refused.
 Source: https://github.com/huggingface/safetensors (format).
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from foundation.errors import ModelError
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its bits are kept
+BLOCK_BYTES = 1 << 20  # of a tensor in memory at once: with its copy in another type it stays in the cache
 HEADER_LIMIT_BYTES = 100_000_000
 
 
@@ -37,18 +40,18 @@ class Entry:
 
 
 class Checkpoint:
-    """All tensors of a folder's *.safetensors, sharded or not.
+    """All tensors of a folder's *.safetensors, sharded or not; or of its one `file`, an adapter's for one.
 
     Raises ModelError: no such files, damaged headers, or a tensor type other than F32, F16, BF16.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str = "") -> None:
         self.folder = folder
         self._entries: dict[str, Entry] = {}
-        for file in _files(folder):
-            for name, entry in _table(file):
+        for path in [folder / file] if file else _files(folder):
+            for name, entry in _table(path):
                 if name in self._entries:
-                    raise ModelError(f"tensor {name} is in {self._entries[name].file.name} and in {file.name}")
+                    raise ModelError(f"tensor {name} is in {self._entries[name].file.name} and in {path.name}")
                 self._entries[name] = entry
 
     def names(self) -> list[str]:
@@ -57,18 +60,54 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as float32, whatever the file keeps; a copy the caller may change."""
+    def blocks(self, name: str, multiple: int = 1) -> Iterator[np.ndarray]:
+        """The tensor's rows in order, some at a time: always a multiple of `multiple`, but for the last.
+
+        float32 or float16, or uint16 with the bits of bfloat16. A block may be changed, and is valid until the
+        next one is asked for. Raises ModelError when the file ends too early.
+        """
         import numpy as np
 
         entry = self._entries[name]
-        stored = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry.dtype]
-        raw = np.memmap(entry.file, dtype=stored, mode="r", offset=entry.start, shape=(prod(entry.shape),))
-        if entry.dtype == "BF16":
-            values = (raw.astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = raw.astype(np.float32)
-        return values.reshape(entry.shape)
+        rows, inner = entry.shape[0] if entry.shape else 1, entry.shape[1:]
+        row_bytes = prod(inner) * ITEM_BYTES[entry.dtype]
+        step = max(BLOCK_BYTES // max(row_bytes, 1) // multiple, 1) * multiple
+        buffer = bytearray(min(step, rows) * row_bytes)
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                view = memoryview(buffer)[: count * row_bytes]
+                _fill(view, stream, name)
+                yield np.frombuffer(view, STORED[entry.dtype]).reshape(count, *inner)
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as float32, whatever the file keeps: for small ones."""
+        import numpy as np
+
+        blocks = [floats(block).copy() for block in self.blocks(name)]
+        return np.concatenate(blocks).reshape(self.shape(name)) if blocks else np.empty(self.shape(name), "f4")
+
+
+def floats(values: np.ndarray) -> np.ndarray:
+    """float32 of what `Checkpoint.blocks` gives."""
+    import numpy as np
+
+    if values.dtype == np.uint16:
+        values = np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def _fill(view: memoryview, stream: IO[bytes], name: str) -> None:
+    """Read until `view` is full."""
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise ModelError(
+                f"tensor {name}: {getattr(stream, 'name', 'its file')} ends before it",
+                hint="the file was cut while it was read; download or save it again",
+            )
+        view = view[count:]
 
 
 def _files(folder: Path) -> list[Path]:

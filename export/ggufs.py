@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
+from export.layout import Tensor
+from export.types import QUANTS, type_name
+from foundation import gguf_header
 from foundation.errors import ModelError
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a GGUF file. `shape` is in PyTorch's order, rows first."""
-
-    name: str
-    type: str  # ggml's name of the type: "F32", "Q4_K"
-    shape: tuple[int, ...]
-    size_bytes: int
-
-
-def find(path: Path) -> Path:
-    """The GGUF file at `path`, or the only one in the folder `path`. Raises ModelError otherwise."""
-    if path.is_file():
-        return path
-    found = sorted(path.glob("*.gguf"))
-    if len(found) != 1:
-        raise ModelError(f"{path} holds {len(found)} GGUF files, one is needed")
-    return found[0]
-
-
 def tensors(path: Path) -> list[Tensor]:
-    """All tensors of a file, in its order. Raises ModelError when it is not a GGUF file."""
-    return [
-        Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.n_bytes))
-        for t in _reader(path).tensors
-    ]
+    """All tensors of a model, of all its shards, in its order. Raises ModelError when it is not a GGUF file.
+
+    gguf's own reader would take seconds for a large vocabulary.
+    """
+    try:
+        return [
+            Tensor(t.name, t.sizes[::-1], type_name(t.type))
+            for shard in gguf_header.shards(path)
+            for t in gguf_header.header(shard).tensors
+        ]
+    except ValueError as error:
+        raise ModelError(f"{path.name} can not be read: {error}") from error
 
 
 def quantisation(path: Path) -> str:
     """The file's type by its own word: "F32", "Q4_K_M". Raises ModelError when it names none."""
-    import gguf
-
-    field = _reader(path).fields.get("general.file_type")
-    value = int(field.contents()) if field else -1
-    if value not in set(gguf.LlamaFileType):
-        raise ModelError(f"{path.name} has file type {value}, which is not known")
-    return str(gguf.LlamaFileType(value).name).removeprefix("MOSTLY_").removeprefix("ALL_")
+    value = gguf_header.read(path)[0].get("general.file_type")
+    for name, quant in QUANTS.items():
+        if quant.number == value:
+            return name
+    raise ModelError(f"{path.name} has file type {value}, which is not known")
 
 
 def bits_per_weight(table: list[Tensor]) -> float:
@@ -60,12 +46,3 @@ def gpu_bytes(table: list[Tensor]) -> int:
     """
     untied = any(t.name == "output.weight" for t in table)
     return sum(t.size_bytes for t in table if not (untied and t.name == "token_embd.weight"))
-
-
-def _reader(path: Path) -> Any:
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises whatever its parsing meets in a damaged file
-        raise ModelError(f"{path} can not be read as GGUF: {error}") from error

@@ -1,8 +1,8 @@
 """The header of a GGUF file: its keys and the names of its tensors, and whether llama.cpp can take them.
 
 llama.cpp ends the process on some numbers that no sound file holds. They are looked at here before it sees
-the file. Lists of texts (the vocabulary) are passed over, so this takes milliseconds where gguf's own reader
-takes seconds. Source: docs/gguf.md of ggml, versions 2 and 3, little endian.
+the file. Long lists of texts (the vocabulary) are passed over, so this takes milliseconds where gguf's own
+reader takes seconds. Source: docs/gguf.md of ggml, versions 2 and 3, little endian.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import mmap
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,20 @@ from foundation.errors import ModelError
 
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS
 MAX_CONTEXT = 2**24
+MAX_DIMENSIONS = 4  # ggml's
 MAX_LIST = 4096  # numbers of a list that are kept: those with one number a layer
+MAX_TEXTS = 256  # texts of a list that are kept: languages and tags, not vocabularies
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the parts of a split model
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+_OTHERS = {
+    "adapter": "is an adapter; open its base and give this beside it",
+    "imatrix": "is no model but an importance matrix",
+}
+_FLOAT = 6
+_ADAPTER_TYPES = {0: "F32", 1: "F16", 8: "Q8_0", 30: "BF16"}  # what adapters are written in
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 
 
 def find(path: Path) -> Path:
@@ -59,6 +69,31 @@ def shards(path: Path) -> list[Path]:
 
 def read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """(keys with their values, names of the tensors). Raises ModelError when the header is not whole."""
+    found = header(path)
+    return found.keys, [tensor.name for tensor in found.tensors]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as the header tells of it. `sizes`: as GGUF keeps them, the length of a row first."""
+
+    name: str
+    sizes: tuple[int, ...]
+    type: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """`keys_bytes`: where the keys end and the table of tensors begins."""
+
+    keys: dict[str, Any]
+    kinds: dict[str, int]  # number of each key's type
+    tensors: list[Tensor]
+    keys_bytes: int
+
+
+def header(path: Path) -> Header:
+    """All that `read` gives, with types and sizes. Raises ModelError when it is not whole."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return _Reader(data).header()
@@ -67,14 +102,66 @@ def read(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def check(path: Path) -> None:
-    """Raise ModelError when the header holds numbers on which llama.cpp would end the process."""
+    """Raise ModelError when the header holds numbers on which llama.cpp would end the process, or no model."""
     keys, names = read(path)
+    kind = keys.get("general.type")
+    if isinstance(kind, str) and kind in _OTHERS:
+        raise ModelError(f"{path} {_OTHERS[kind]}", hint="a model's file is needed here")
     arch = keys.get("general.architecture")
     faults = _faults({key.removeprefix(f"{arch}."): value for key, value in keys.items()}, names)
     if faults:
         raise ModelError(
             f"{path} is refused: {'; '.join(faults)}", hint="the file is damaged or hostile; export it again"
         )
+
+
+def check_adapter(path: Path, base: Path) -> None:
+    """Raise ModelError when llama.cpp would end the process on this adapter beside the model `base`.
+
+    What it refuses by itself (another architecture, a tensor or a shape that the base has not) is left to it.
+    """
+    found = header(path)
+    keys = found.keys
+    if keys.get("general.type") != "adapter":
+        raise ModelError(f"{path} is no adapter: its general.type is {keys.get('general.type')!r}")
+    faults = [
+        f"{key} is {keys.get(key)!r}, a text is needed"
+        for key in ("general.architecture", "adapter.type")
+        if not isinstance(keys.get(key), str)
+    ]
+    alpha = keys.get(key := "adapter.lora.alpha", 1.0)
+    if found.kinds.get(key, _FLOAT) != _FLOAT or not math.isfinite(alpha):
+        faults.append(f"{key} is {alpha!r}, a finite 32-bit float is needed")
+    faults += _pair_faults({t.name: t for t in found.tensors})
+    embedding = any(t.name.startswith(f"{_EMBEDDING}.") for t in found.tensors)
+    if embedding and _OUTPUT not in _names_of_all_shards(base):
+        faults.append(f"it changes the embedding, which is the output matrix too in {base.name}")
+    if faults:
+        raise ModelError(
+            f"{path} is refused: {'; '.join(faults[:5])}", hint="the adapter is damaged; export it again"
+        )
+
+
+def _pair_faults(tensors: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the tensors X.lora_a and X.lora_b alone and as pairs."""
+    out = []
+    for name, tensor in tensors.items():
+        if not name.endswith((".lora_a", ".lora_b")):
+            continue
+        if len(tensor.sizes) != 2 or min(tensor.sizes) < 1 or tensor.type not in _ADAPTER_TYPES:
+            known = ", ".join(_ADAPTER_TYPES.values())
+            out.append(f"{name} is {tensor.sizes} of type {tensor.type}; a matrix of {known} is needed")
+    if not tensors:
+        out.append("it holds no tensors")
+    down, up = (tensors.get(f"{_EMBEDDING}.{part}") for part in ("lora_a", "lora_b"))
+    if down and up and down.sizes[0] != up.sizes[0]:  # both are kept with rows of the rank
+        out.append(f"the pair of {_EMBEDDING} has ranks {down.sizes[0]} and {up.sizes[0]}")
+    return out
+
+
+def _names_of_all_shards(path: Path) -> set[str]:
+    """Names of a model's tensors, those of its other shards too."""
+    return {name for shard in shards(path) for name in read(shard)[1]}
 
 
 def _faults(keys: dict[str, Any], names: list[str]) -> list[str]:
@@ -124,22 +211,29 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
 
-    def header(self) -> tuple[dict[str, Any], list[str]]:
+    def header(self) -> Header:
         magic, version = self._number("I"), self._number("I")
         if magic != int.from_bytes(b"GGUF", "little") or version not in (2, 3):
             raise ValueError(f"GGUF version {version}; 2 and 3 are known")
         tensors, count = self._number("Q"), self._number("Q")
         keys: dict[str, Any] = {}
+        kinds: dict[str, int] = {}
         for _ in range(count):
             key = self._text()
             if key in keys:
                 raise ValueError(f"two keys {key[:80]}")
-            keys[key] = self._value(self._number("I"))
-        names = []
+            kinds[key] = self._number("I")
+            keys[key] = self._value(kinds[key])
+        keys_bytes = self._at
+        table = []
         for _ in range(tensors):
-            names.append(self._text())
-            self._skip(8 * self._number("I") + 4 + 8)  # sizes, type, place
-        return keys, names
+            name, dimensions = self._text(), self._number("I")
+            if dimensions > MAX_DIMENSIONS:
+                raise ValueError(f"tensor {name[:80]} has {dimensions} dimensions")
+            sizes = tuple(self._number("Q") for _ in range(dimensions))
+            table.append(Tensor(name, sizes, self._number("I")))
+            self._skip(8)  # its place
+        return Header(keys, kinds, table, keys_bytes)
 
     def _value(self, kind: int) -> Any:
         if kind == _TEXT:
@@ -147,8 +241,10 @@ class _Reader:
         return self._list() if kind == _LIST else self._number(_NUMBERS[kind])
 
     def _list(self) -> list[Any] | None:
-        """A list of numbers; None for one of texts, or one too long to be about layers."""
+        """A list; None for one that is too long to be about layers or languages."""
         kind, count = self._number("I"), self._number("Q")
+        if kind == _TEXT and count <= MAX_TEXTS:
+            return [self._text() for _ in range(count)]
         if kind == _TEXT:
             for _ in range(count):
                 self._skip(self._number("Q"))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from export.types import QUANTS
 from foundation.errors import MissingError
 from foundation.settings import StageSettings
 
@@ -310,24 +311,53 @@ KINDS: Mapping[str, Kind] = {
         "export.gguf",
         "write a model as GGUF",
         reads={"model": "one"},
-        writes={"gguf": "model.gguf"},
+        writes={"gguf": "gguf"},
+        version=2,
+    ),
+    "export.imatrix": _kind(
+        "export.imatrix",
+        "measure which inputs of a model's matrices matter, for quantising",
+        reads={"model": "one", "texts": "many"},
+        writes={"imatrix": "imatrix.gguf"},
     ),
     "export.quantize": _kind(
         "export.quantize",
-        "quantise a GGUF to Q8_0 and Q4_K_M",
-        reads={"gguf": "one"},
-        writes={"q8_0": "q8_0.gguf", "q4_k_m": "q4_k_m.gguf"},
+        "quantise a GGUF to the types asked for",
+        reads={"gguf": "one", "imatrix": "optional"},
+        writes={
+            "all": "gguf",
+            "report": "quantize.json",
+            **{name.lower(): f"gguf/{name.lower()}.gguf" for name in QUANTS},
+        },
+        agrees="export.quantize:disagreements",
+        chooses="export.quantize:written",
+        version=2,
+    ),
+    "export.adapter": _kind(
+        "export.adapter",
+        "write a LoRA adapter as GGUF, for a base that serves several",
+        reads={"adapter": "one", "model": "one", "gguf": "optional"},
+        writes={"adapter": "adapter.gguf"},
     ),
     "export.verify": _kind(
         "export.verify",
-        "prove that a GGUF computes what the model computes",
-        reads={"model": "one", "gguf": "one", "texts": "optional_many"},
-        writes={"report": "verify.json"},
+        "prove that GGUF files compute what the model computes, and recommend one",
+        reads={"model": "one", "gguf": "many", "texts": "optional_many"},
+        writes={"report": "verify.json", "page": "verify.md"},
+        version=2,
     ),
     "export.bundle": _kind(
         "export.bundle",
         "put together the folder that ships",
-        reads={"model": "one", "gguf": "many", "verify": "optional_many", "scores": "optional_many"},
+        reads={
+            "model": "one",
+            "gguf": "many",
+            "verify": "optional_many",
+            "scores": "optional_many",
+            "adapters": "optional_many",
+            "recipe": "optional",
+        },
         writes={"bundle": "bundle"},
+        version=2,
     ),
 }

@@ -11,7 +11,9 @@ from typing import Any
 
 from export import gguf
 from export.pretokenizers import GPT2, QWEN2
+from foundation.gguf_header import find
 from foundation.report import Silent
+from foundation.shape import ModelShape
 
 TEXTS = (
     "Мама мыла раму, а кот спал на ковре. Привет, как дела сегодня?\n",
@@ -124,12 +126,39 @@ def model_folder(
     return write_tokenizer(folder, byte_level())
 
 
+def empty_model(folder: Path) -> Path:
+    """A Llama whose weights are all zero, made without torch: for what does not depend on them."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "vocab_size": 640,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    }
+    write_tokenizer(folder, byte_level())
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = ModelShape.from_config(config).tensors()
+    save_file(
+        {name: np.zeros(size, np.float32) for name, size in tensors.items()}, folder / "model.safetensors"
+    )
+    return folder
+
+
 def export(folder: Path, out: Path, **settings: Any) -> Path:
-    """The GGUF file of a folder."""
+    """The GGUF file of a folder, or its first shard."""
     out.mkdir(parents=True, exist_ok=True)
     gguf.run(gguf.Settings(**settings), {"model": folder}, out, Silent())
     shutil.rmtree(out / ".work")  # as the runner does
-    return out / "model.gguf"
+    return find(out / "gguf")
 
 
 def texts_file(path: Path, texts: Sequence[str] = TEXTS) -> Path:

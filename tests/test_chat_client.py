@@ -19,7 +19,7 @@ from serving import chat
 def model_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf")
     gguf.run(gguf.Settings(), {"model": tiny_model(out / "model")}, out, Silent())
-    return out / "model.gguf"
+    return out / "gguf" / "model.gguf"
 
 
 def bundle(folder: Path, serve: object, *files: str) -> Path:

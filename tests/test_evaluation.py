@@ -92,7 +92,7 @@ def test_score_stage_measures_what_is_given(tmp_path: Path) -> None:
     inputs = {
         "model": folder,
         "texts": (world / "english_held.jsonl", world / "russian_held.jsonl"),
-        "gguf": tmp_path / "model.gguf",
+        "gguf": tmp_path / "gguf" / "model.gguf",
         "profiles": world / "profiles.jsonl",
     }
     figures = score.run(score.Settings(label="tiny", max_profiles=3), inputs, tmp_path, Silent())
@@ -102,7 +102,7 @@ def test_score_stage_measures_what_is_given(tmp_path: Path) -> None:
         "share": 0.0, "standard_error": 0.0, "count": 3, "broken": {"structure": 3},
     }  # fmt: skip
     assert set(written["bits_per_byte"]) == {"english_held", "russian_held"}
-    assert written["bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert written["bytes"] == (tmp_path / "gguf" / "model.gguf").stat().st_size
 
     write_jsonl(tmp_path / "facts.json", [{"constant_share": 0.125}])
     table = tmp_path / "table"

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from handmade import byte_level, export, model_folder, write_tokenizer
 
-from export import architectures, ggufs
+from export import architectures, gguf, ggufs
 from export.checkpoint import Checkpoint
 from export.verify import compare_logits
-from foundation.errors import ModelError
+from export.writer import write_files
+from foundation.errors import ModelError, RunError
+from foundation.gguf_header import read
 from foundation.llama import LlamaModel
+from foundation.report import Silent
+from foundation.shape import ModelShape
 
 LLAMA3 = {
     "rope_theta": 10_000.0,
@@ -25,11 +31,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+GEMMA_4B_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 48, "num_hidden_layers": 7}
 
 
-def agreement(folder: Path, gguf: Path, tokens: int = 160) -> dict:
-    with LlamaModel(gguf) as model:
+def agreement(folder: Path, file: Path, tokens: int = 160) -> dict:
+    with LlamaModel(file) as model:
         ids = np.random.default_rng(5).integers(0, model.vocab_size, tokens).tolist()
         return compare_logits(folder, model, [ids])
 
@@ -51,6 +61,7 @@ def agreement(folder: Path, gguf: Path, tokens: int = 160) -> dict:
             {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
         ),
         ("gemma3_text", GEMMA),
+        ("gemma3_text", GEMMA | {"rope_parameters": GEMMA_4B_ROPE}),
         (
             "gemma3_text",
             GEMMA | {"num_hidden_layers": 4, "layer_types": ["full_attention", *["sliding_attention"] * 3]},
@@ -111,8 +122,6 @@ def test_rope_divisors_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from foundation.shape import ModelShape
-
     config = AutoConfig.for_model("llama", hidden_size=64, num_attention_heads=1, rope_parameters=LLAMA3)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 10_000 ** (np.arange(0, 64, 2) / 64)
@@ -168,6 +177,89 @@ def test_f16_and_its_limit(tmp_path: Path) -> None:
         export(folder, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_tensors_are_those_of_transformers_in_gguf_pys_types(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Every tensor of every type from every type, against gguf-py's quantiser on what torch reads."""
+    import torch
+    from gguf import GGMLQuantizationType, GGUFReader, quants
+    from safetensors.torch import load_file
+
+    folder = model_folder(tmp_path / "hf", kind, dtype=dtype, intermediate_size=176)
+    stored = load_file(folder / "model.safetensors")
+    names = architectures.gguf_names(ModelShape.from_folder(folder), architectures.TARGETS[kind])
+    for wanted in ("f32", "f16", "bf16", "q8_0"):
+        path = export(folder, tmp_path / wanted, dtype=wanted)
+        found = {t.name: t for t in GGUFReader(path).tensors}
+        assert set(found) == set(names.values())
+        for old, new in names.items():
+            values = stored[old].to(torch.float32).numpy()
+            if kind == "gemma3_text" and values.ndim == 1:
+                values = values + 1
+            if kind == "gemma3_text" and old.endswith("q_norm.weight"):
+                values = values * np.float32((24 / 256) ** 0.5)  # head_dim, query_pre_attn_scalar
+            if kind == "llama" and (".q_proj." in old or ".k_proj." in old):
+                heads = values.reshape(-1, 2, 12, 64)  # halves of 24 rows
+                values = np.stack([heads[:, 0], heads[:, 1]], axis=2).reshape(values.shape)
+            type_ = GGMLQuantizationType[wanted.upper() if values.ndim > 1 else "F32"]
+            if wanted == "q8_0" and values.shape[-1] == 176:  # five blocks and a half
+                type_ = GGMLQuantizationType.F16
+            assert found[new].tensor_type == type_
+            raw = quants.quantize(values, type_).tobytes()
+            assert found[new].data.tobytes() == raw, f"{old} as {wanted}"
+
+
+def test_q8_0_is_written_directly(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "hf", num_hidden_layers=2)
+    path = export(folder, tmp_path / "out", dtype="q8_0")
+    assert ggufs.quantisation(path) == "Q8_0"
+    assert {t.type for t in ggufs.tensors(path)} == {"Q8_0", "F32"}
+    assert 1e-6 < agreement(folder, path)["kl_mean"] < 0.1
+
+
+def test_output_in_shards_is_one_model(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "hf")
+    whole, first = export(folder, tmp_path / "a"), export(folder, tmp_path / "b", shard_bytes=200_000)
+    files = sorted((tmp_path / "b" / "gguf").iterdir())
+    assert [f.name for f in files] == [f"model-{i:05}-of-00005.gguf" for i in range(1, 6)]
+    assert first == files[0]
+    assert ggufs.tensors(first) == ggufs.tensors(whole)
+    assert agreement(folder, first)["kl_mean"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}),
+    ],
+)
+def test_a_context_capped_to_the_window_needs_no_window(
+    kind: str, changes: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 tokens are computed alike; the 65th is the first from which the model's window hides something."""
+    folder = model_folder(tmp_path / "hf", kind, **changes)
+    report = Silent()
+    gguf.run(gguf.Settings(cap_context=True), {"model": folder}, tmp_path, report)
+    assert "the context is capped from 512 to 64 tokens, one sliding window" in report.notes
+    path = tmp_path / "gguf" / "model.gguf"
+    arch = architectures.TARGETS[kind].arch
+    assert read(path)[0][f"{arch}.context_length"] == 64
+    assert agreement(folder, path, 64)["kl_mean"] < 1e-6
+    with pytest.raises(ModelError, match=r"160 tokens of context asked, model.gguf has 1\.\.64"):
+        agreement(folder, path, 160)
+    monkeypatch.setattr("export.gguf.capped", lambda shape: replace(shape, windows=(None,) * shape.layers))
+    uncapped = export(folder, tmp_path / "uncapped", cap_context=True)
+    assert agreement(folder, uncapped, 160)["kl_mean"] > 1e-3
+
+
+def test_capping_leaves_alone_what_has_no_such_window(tmp_path: Path) -> None:
+    for kind, changes in (("llama", {}), ("gemma3_text", GEMMA)):
+        folder = model_folder(tmp_path / kind, kind, **changes)
+        plain, capped = export(folder, tmp_path / "a"), export(folder, tmp_path / "b", cap_context=True)
+        assert plain.read_bytes() == capped.read_bytes()
+
+
 def test_shards_and_repetition_give_the_same_bytes(tmp_path: Path) -> None:
     whole = model_folder(tmp_path / "whole")
     shards = model_folder(tmp_path / "shards", shards="300KB")
@@ -183,15 +275,17 @@ def test_an_interrupted_export_leaves_no_file_and_can_be_repeated(
     folder = model_folder(tmp_path / "hf")
     wanted = export(folder, tmp_path / "a").read_bytes()
 
-    def cut(*arguments: object) -> object:
-        yield from list(architectures.weights(*arguments))[:4]  # type: ignore[arg-type]
-        raise KeyboardInterrupt
+    def cut(name: str, *rest: Any) -> Any:
+        if name == "model.layers.1.self_attn.k_proj.weight":
+            raise KeyboardInterrupt
+        return architectures.rows(name, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("export.gguf.weights", cut)
+        patch.setattr("export.gguf.rows", cut)
         with pytest.raises(KeyboardInterrupt):
             export(folder, tmp_path / "b")
-    assert not (tmp_path / "b" / "model.gguf").exists()
+    assert (tmp_path / "b" / ".work" / "gguf" / "model.gguf").is_file()
+    assert not (tmp_path / "b" / "gguf").exists()
     assert export(folder, tmp_path / "b").read_bytes() == wanted
 
 
@@ -231,7 +325,7 @@ class TestDamagedCheckpoints:
     def refuse(self, folder: Path, words: str) -> None:
         with pytest.raises(ModelError, match=words):
             export(folder, folder.parent / "out")
-        assert not (folder.parent / "out" / "model.gguf").exists()
+        assert not (folder.parent / "out" / "gguf").exists()
 
     def rewrite(self, folder: Path, change: object) -> None:
         """Change the header of model.safetensors, and keep the data."""
@@ -306,6 +400,41 @@ def test_tied_model_ignores_a_stored_copy_of_the_head(tmp_path: Path) -> None:
     assert export(folder, tmp_path / "b").read_bytes() == plain
 
 
+def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder(tmp_path / "hf", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["lm_head.weight"][639, 63] += 1
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lm_head\.weight is no copy of model\.embed_tokens\.weight"):
+        export(folder, tmp_path / "out")
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder(tmp_path / "hf")
+    size = export(folder, tmp_path / "a").stat().st_size
+    for free, fits in ((size - 1, False), (size, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if fits:
+            export(folder, tmp_path / "b")
+        else:
+            with pytest.raises(RunError, match=r"0\.0 GB free, 0\.0 GB are needed"):
+                export(folder, tmp_path / "b")
+            assert not [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_fills_while_writing(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "hf")
+    plan, full = gguf.planned(gguf.Settings(), folder), Path("/dev/full")
+    with pytest.raises(RunError, match=r"the disk is full: could not write .*model\.gguf"):
+        write_files(plan.layout, plan.rows, tmp_path, Silent(), open_file=lambda path: full.open("wb"))
+
+
 @pytest.mark.realdata
 class TestRealModels:
     OPENING = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
@@ -346,5 +475,4 @@ def test_export_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'llama_cpp'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
-    assert (tmp_path / "model.gguf").is_file()
-    shutil.rmtree(tmp_path / ".work")
+    assert (tmp_path / "gguf" / "model.gguf").is_file()

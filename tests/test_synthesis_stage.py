@@ -599,7 +599,7 @@ def test_a_gguf_teacher(tmp_path: Path) -> None:
     from export import gguf
 
     gguf.run(gguf.Settings(), {"model": tiny_model(tmp_path / "model")}, tmp_path, Silent())
-    teacher = GgufTeacher(tmp_path / "model.gguf", slots=3, context_tokens=4096, gpu_layers=0)
+    teacher = GgufTeacher(tmp_path / "gguf", slots=3, context_tokens=4096, gpu_layers=0)
     asks = [
         Ask(tuple(chat["messages"][:1]), 12, temperature, 1.0, seed)  # type: ignore[index]
         for seed, chat in enumerate(chats(5))

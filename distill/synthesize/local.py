@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distill.synthesize.asks import Ask, Reply
 from foundation.chat import Chat, ChatTemplate
 from foundation.files import DigestCache
+from foundation.gguf_header import find
 from foundation.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -126,11 +127,13 @@ class GgufTeacher:
     independent = True
 
     def __init__(self, path: Path, *, slots: int, context_tokens: int, gpu_layers: int) -> None:
-        """`context_tokens` for a prompt with its answer, at most what the model was made for."""
+        """`path`: a GGUF file or its folder. `context_tokens` for a prompt with its answer, at most what
+        the model was made for.
+        """
         from foundation.llama import LlamaModel
 
         self.identity = DigestCache().content(path)
-        self._model = LlamaModel(path, gpu_layers=gpu_layers)
+        self._model = LlamaModel(find(path), gpu_layers=gpu_layers)
         self._template = ChatTemplate(self._model.metadata("tokenizer.chat_template"), path.name)
         self._tokens = min(context_tokens, self._model.trained_context)
         self._context = self._model.context(self._tokens, slots=slots)

@@ -20,6 +20,7 @@ from distill.synthesize.plan import make_plan
 from distill.synthesize.template import EXAMPLES, NAME, shipped
 from distill.synthesize.validators import VALIDATORS
 from distill.synthesize.work import Synthesis
+from foundation import gguf_header
 from foundation.dataio import write_jsonl
 from foundation.filters import Script
 from foundation.report import Report
@@ -193,7 +194,7 @@ def _teacher(settings: Settings, inputs: Inputs, report: Report) -> Teacher:
     from distill.synthesize.local import GgufTeacher, TransformersTeacher
 
     path = one(inputs, "teacher")
-    if path.is_dir():
+    if path.is_dir() and ((path / "config.json").exists() or not gguf_header.files(path)):
         return TransformersTeacher(path, settings.slots)
     return GgufTeacher(
         path, slots=settings.slots, context_tokens=settings.context_tokens, gpu_layers=settings.gpu_layers
