@@ -1,6 +1,7 @@
 """llama.cpp as Samovar uses it: a thin binding to its low-level API, for one process and one thread.
 
     LlamaModel      a GGUF file: tokenizer, special ids, weights
+    LlamaAdapter    a LoRA file beside a model; each context says which it adds, and how much of it
     LlamaContext    the memory of a conversation, or of many at once: logits, generation
 
 Why not llama_cpp.Llama: that class serves one sequence at a time and keeps logits it need not. Here
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +40,7 @@ _BYTE_TOKEN = 32  # LLAMA_TOKEN_ATTR_BYTE
 _SPECIAL_TOKEN = 1 | 8  # LLAMA_TOKEN_ATTR_UNKNOWN, LLAMA_TOKEN_ATTR_CONTROL: parsed only when asked to
 
 _log: deque[str] = deque(maxlen=40)
+_listeners: list[Callable[[str], None]] = []
 _library: Any = None
 _on_log: Any = None
 
@@ -51,6 +54,8 @@ def library() -> Any:
         @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
         def on_log(level: int, text: bytes, data: Any) -> None:
             _log.append(text.decode("utf-8", "replace"))
+            for hear in _listeners:
+                hear(_log[-1])
 
         _on_log = on_log  # the C side keeps only a pointer to it
         llama_cpp.llama_log_set(on_log, ctypes.c_void_p(0))
@@ -62,6 +67,26 @@ def library() -> Any:
 def last_log(lines: int = 3) -> str:
     """The last lines that llama.cpp logged, for an error's text."""
     return " | ".join("".join(_log).strip().splitlines()[-lines:])
+
+
+@contextmanager
+def listening(hear: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `hear` is told every line that llama.cpp logs. It is called from C: what it raises is lost."""
+    parts: list[str] = []
+
+    def collect(text: str) -> None:  # a line comes in several parts
+        parts.append(text)
+        if "\n" in text:
+            *lines, rest = "".join(parts).split("\n")
+            parts[:] = [rest]
+            for line in lines:
+                hear(line)
+
+    _listeners.append(collect)
+    try:
+        yield
+    finally:
+        _listeners.remove(collect)
 
 
 def default_threads() -> int:
@@ -95,12 +120,7 @@ class LlamaModel:
         self.path = Path(path)
         self.vocab_only = vocab_only
         self._model: Any = None
-        if not self.path.is_file():
-            raise ModelError(f"no GGUF file at {self.path}")
-        with self.path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise ModelError(f"{self.path} is not a GGUF file: it begins with {magic!r}")
+        _check_magic(self.path)
         gguf_header.check(self.path)
         llama = library()
         params = llama.llama_model_default_params()
@@ -136,7 +156,7 @@ class LlamaModel:
         self.close()
 
     def close(self) -> None:
-        """Free the model. Its contexts must be closed before."""
+        """Free the model and its adapters. Its contexts must be closed before."""
         if self._model:
             library().llama_model_free(self._model)
             self._model = None
@@ -236,6 +256,10 @@ class LlamaModel:
         """Memory for sequences of `tokens` tokens each; `options` are those of LlamaContext."""
         return LlamaContext(self, tokens, **options)
 
+    def adapter(self, path: Path | str) -> LlamaAdapter:
+        """A LoRA file made for this model. Raises ModelError: made for another one, or damaged."""
+        return LlamaAdapter(self, path)
+
     def _check_ids(self, ids: Sequence[int]) -> None:
         bad = [i for i in ids if not 0 <= i < self.vocab_size]
         if bad:
@@ -247,6 +271,37 @@ def _id(value: int) -> int | None:
     return None if value < 0 else int(value)
 
 
+def _check_magic(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"no GGUF file at {path}")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file: it begins with {magic!r}")
+
+
+class LlamaAdapter:
+    """A GGUF adapter (LoRA) in memory, beside an open model; nothing is added before a context asks for it.
+
+    llama.cpp frees it with its model: a context may compute with it as long as both are open.
+    Raises ModelError: no such file, no adapter, one for another model, or refused by gguf_header.
+    """
+
+    def __init__(self, model: LlamaModel, path: Path | str) -> None:
+        self.model, self.path = model, Path(path)
+        _check_magic(self.path)
+        if model.vocab_only or not model._model:
+            raise ModelError(f"{model.path.name} was opened for its vocabulary only, or is closed")
+        gguf_header.check_adapter(self.path, model.path)
+        _log.clear()
+        self._adapter = library().llama_adapter_lora_init(model._model, os.fsencode(self.path))
+        if not self._adapter:
+            raise ModelError(
+                f"llama.cpp refused {self.path} beside {model.path}: {last_log()}",
+                hint="an adapter goes with the model that it was trained on, and with no other",
+            )
+
+
 class LlamaContext:
     """KV memory for `slots` sequences of at least `tokens` tokens EACH (llama.cpp divides; this does not).
 
@@ -254,6 +309,8 @@ class LlamaContext:
     `cache`: number type of the KV memory; f32 is for comparing with other implementations.
     KV is split, flash attention off, every step has the same shape: an answer depends on its prompt and
     on the number of slots (by rounding), never on who else is served.
+    `adapters`: (adapter, scale) of this context, for good: what is remembered was computed with them. Scale 1
+    is the adapter as it was trained, 0 leaves it out.
     Raises ModelError: vocabulary only, more than the trained context, or no memory for it.
     """
 
@@ -266,6 +323,7 @@ class LlamaContext:
         batch_tokens: int = 512,
         threads: int | None = None,
         cache: Literal["f16", "f32"] = "f16",
+        adapters: Sequence[tuple[LlamaAdapter, float]] = (),
     ) -> None:
         self._context: Any = None
         if model.vocab_only:
@@ -274,6 +332,7 @@ class LlamaContext:
             raise ModelError(
                 f"{tokens} tokens of context asked, {model.path.name} has 1..{model.trained_context}"
             )
+        _check_adapters(model, adapters)
         if min(slots, batch_tokens) < 1 or (threads is not None and threads < 1):
             raise InputError(f"slots {slots}, batch_tokens {batch_tokens}, threads {threads}: 1 or more each")
         llama = library()
@@ -295,6 +354,13 @@ class LlamaContext:
         self._context = llama.llama_init_from_model(model._model, params)
         if not self._context:
             raise ModelError(f"llama.cpp made no context of {slots} x {tokens} tokens: {last_log()}")
+        handles = [adapter._adapter for adapter, _ in adapters]
+        llama.llama_set_adapters_lora(
+            self._context,
+            (llama.llama_adapter_lora_p_ctypes * len(adapters))(*handles),
+            len(adapters),
+            (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters)),
+        )
         self._memory = llama.llama_get_memory(self._context)
         self._batch = _Batch(batch_tokens)
 
@@ -463,6 +529,17 @@ class LlamaContext:
 
     def _pick(self, index: int, sampler: _Sampler | None) -> int:
         return sampler.sample(self._context, index) if sampler else int(self._row(index).argmax())
+
+
+def _check_adapters(model: LlamaModel, adapters: Sequence[tuple[LlamaAdapter, float]]) -> None:
+    """Refuse what llama.cpp would take in silence or not survive."""
+    for adapter, scale in adapters:
+        if adapter.model is not model:
+            raise InputError(f"{adapter.path.name} was loaded beside another model than {model.path.name}")
+        if not math.isfinite(scale):
+            raise InputError(f"{adapter.path.name} is asked for {scale} times: a finite scale is needed")
+    if len({id(adapter) for adapter, _ in adapters}) < len(adapters):
+        raise InputError("an adapter is named twice: give it once, with the sum of its scales")
 
 
 @dataclass
