@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(seed: int, out: Path) -> Path:
     """Run recipes/quickstart.toml with `seed`; returns the run directory."""
-    recipe = out / f"quickstart-{seed}.toml"
+    recipe = out / f"recipe-{seed}" / "quickstart.toml"  # the name by which the recipe reads itself
+    recipe.parent.mkdir(parents=True, exist_ok=True)
     text = (ROOT / "recipes" / "quickstart.toml").read_text(encoding="utf-8")
     recipe.write_text(re.sub(r"(?m)^seed = \d+$", f"seed = {seed}", text), encoding="utf-8")
     folder = out / str(seed)

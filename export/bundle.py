@@ -1,130 +1,271 @@
 """Stage export.bundle: the folder that ships. Whoever gets it needs nothing else.
 
     bundle/
-      bundle.json           name, file to serve, tokenizer digest, every file's size and sha256
-      gguf/NAME-QUANT.gguf  for llama.cpp and what is built on it
+      bundle.json           name, file to serve, command lines, every file's size and sha256
+      gguf/NAME-QUANT.gguf  for llama.cpp and what is built on it; a sharded file keeps its shards
+      adapters/NAME.gguf    LoRA adapters of that model, if any
       hf/                   the checkpoint: for other engines, and for training on
-      chat_template.jinja   generation.json   README.md   Modelfile   LICENSES/
+      chat_template.jinja   generation.json   README.md   Modelfile   Modelfile.ADAPTER   LICENSES/
 
-No times and no paths of this machine: the same inputs give the same bytes.
+Name, licence, base models, datasets and languages are those that the GGUF files say of themselves, so they
+can not differ from them. No times and no paths of this machine: the same inputs give the same bytes.
+`samovar bundle verify` checks what arrived.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from export import card, ggufs
-from export.card import Facts, Quantised
-from foundation.errors import InputError, ModelError
+from export import card, commands, ggufs, recipes
+from export.about import About, of_gguf
+from export.card import Adapter, Facts, Quantised
+from export.modelfile import Served, modelfile
+from export.turns import describe
+from foundation import gguf_header
+from foundation.chat import Chat
+from foundation.errors import InputError, ModelError, RunError
 from foundation.files import read_json, sha256_file, visible_files, write_json
 from foundation.llama import LlamaModel
-from foundation.report import Report
+from foundation.report import Report, stop_if_asked
 from foundation.settings import StageSettings
 from foundation.shape import ModelShape
 from foundation.stage import Figures, Inputs, many, one
 from foundation.tokenizer import Tokenizer
 
-FORMAT = 1
-CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "*.jinja")
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+FORMAT = 2  # 1: one file a model, licence and languages as settings
+INDEX = "bundle.json"
+CHECKPOINT_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "special_tokens_map.json",
+    "*.jinja",
+)  # fmt: skip
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 SMALL_PARAMETERS = 1_500_000_000  # below it four bits cost quality and save little: Q8_0 is served
+SPARE_BYTES = 64 << 20  # for the small files, and so that the disk is not left full
+_CHUNK_BYTES = 8 << 20
+_DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers', when it samples
+_WHOLE = ("top_k", "max_new_tokens")
 
 
 class Settings(StageSettings):
-    """Settings of export.bundle."""
+    """What the bundle says of the model is what the GGUF files say of themselves: it is not set here."""
 
-    model_name: str = Field(
-        "model", description="name of the model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,80}$"
+    short: bool = Field(
+        False, description="the recipe's [short] values were in force; to be set in the recipe's own [short]"
     )
-    license: str = Field("Apache-2.0", description="SPDX id of the weights' licence", pattern=r"^[\w.+-]+$")
-    languages: tuple[str, ...] = Field(("ru", "en"), description="ISO 639-1 codes, for the model card")
 
 
 def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figures:
-    """Read roles `model`, `gguf` (many), `verify`, `scores` (JSON, optional); write `out`/bundle."""
-    folder, bundle = one(inputs, "model"), out / "bundle"
+    """Read roles `model`, `gguf` (many), `verify`, `scores`, `adapters` (many), `recipe`; write `out`/bundle.
+
+    Raises ModelError or InputError: no checkpoint, files of different models, two of one type, an adapter of
+    another model; RunError when the disk has no room.
+    """
+    folder, bundle = one(inputs, "model"), out / ".work" / "bundle"
     if not list(folder.glob("*.safetensors")):
         raise ModelError(f"{folder}: no *.safetensors", hint="a bundle ships the checkpoint; give its folder")
+    sources = [first for path in many(inputs, "gguf") for first in _ggufs(path)]
+    adapters = [first for path in many(inputs, "adapters") for first in _ggufs(path)]
+    if not sources:
+        raise InputError("no GGUF file was given", hint="read the gguf of export.gguf or of export.quantize")
+    shipped = [*_parts(sources), *_parts(adapters), *_matching(folder)]
+    about, shape, tokenizer = _about(sources), ModelShape.from_folder(folder), Tokenizer(folder)
+    _refuse_others(adapters, sources[0])
+    stops, bos = _ends(sources[0], shape)
+    generation = _generation(folder, shape, stops)
+    verify = [_json(path, "verify.json") for path in many(inputs, "verify")]
+    scores = [_json(path, "scores.json") for path in many(inputs, "scores")]
+    recipe = next((recipes.summary(path, short=settings.short) for path in many(inputs, "recipe")), None)
     if bundle.exists():
         shutil.rmtree(bundle)  # an unfinished one
     bundle.mkdir(parents=True)
-    shape, tokenizer = ModelShape.from_folder(folder), Tokenizer(folder)
-    files = [_copy_gguf(path, settings.model_name, bundle) for path in _ggufs(many(inputs, "gguf"))]
+    copying, name = _Copying(bundle, report, shipped), safe_name(about.name)
+    files = [_copy_gguf(path, name, copying) for path in sources]
+    files.sort(key=lambda file: (-file.size_bytes, file.type))  # not by how they were given
+    loras = [_copy_adapter(path, copying) for path in adapters]
+    for path in _matching(folder):
+        copying.copy(path, f"{'LICENSES' if _is_licence(path) else 'hf'}/{path.name}")
+    served, why = card.choose(files, verify, small=shape.parameters() < SMALL_PARAMETERS)
     facts = Facts(
-        name=settings.model_name,
-        license=settings.license,
-        languages=settings.languages,
+        about=about,
         shape=shape,
         files=files,
-        serve=_served(files, shape),
-        verify=[_json(path, "verify.json") for path in many(inputs, "verify")],
-        scores=[_json(path, "scores.json") for path in many(inputs, "scores")],
+        adapters=loras,
+        serve=served,
+        why=why,
+        verify=verify,
+        scores=scores,
+        recipe=recipe,
+        commands=commands.commands(name, served.path, shape.context, generation, [lora.path for lora in loras]),
+        licences=[path.name for path in _matching(folder) if _is_licence(path)],
+        template=tokenizer.chat_template is not None,
     )
-    _copy(folder, CHECKPOINT_FILES, bundle / "hf")
-    if tokenizer.chat_template:
-        (bundle / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    with LlamaModel(bundle / facts.serve.path, vocab_only=True) as model:
+    _write_texts(bundle, facts, tokenizer, generation, bos)
+    listing = _listing(bundle, copying.digests)
+    write_json(bundle / INDEX, _index(facts, tokenizer, listing))
+    bundle.rename(out / "bundle")
+    report.note(f"{served.path} is the file to serve: {why}")
+    if not about.license:
+        report.note("the files name no licence: say it by `license` of export.gguf, or --license")
+    size = sum(entry["size_bytes"] for entry in listing)
+    return {"files": len(listing), "size_bytes": size, "serve": served.path}
+
+
+def safe_name(name: str) -> str:
+    """`name` as a part of file names."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:80] or "model"
+
+
+def adapter_faults(adapter: Path, base: Path) -> list[str]:
+    """Why `adapter` does not belong to the model `base`: another architecture, tensors or shapes it has not."""
+    try:
+        gguf_header.check_adapter(adapter, base)
+    except ModelError as error:
+        return [error.message]
+    told, model = gguf_header.read(adapter)[0], gguf_header.read(base)[0]
+    kind, wanted = told["general.architecture"], model.get("general.architecture")
+    if kind != wanted:
+        return [f"it is for the architecture {kind}, the model's is {wanted}"]
+    matrices = {tensor.name: tensor.shape for tensor in ggufs.tensors(base)}  # [out, in]
+    out = []
+    for tensor in ggufs.tensors(adapter):
+        name, _, part = tensor.name.rpartition(".lora_")
+        if name not in matrices:
+            out.append(f"the model has no {name or tensor.name}")
+            continue
+        rows, columns = matrices[name]
+        embedding = (
+            name == "token_embd.weight"
+        )  # rows are looked up in it, so A and B stand the other way round
+        has = tensor.shape[0] if embedding or part == "b" else tensor.shape[-1]
+        wanted = rows if embedding == (part == "a") else columns
+        if has != wanted:
+            out.append(f"{tensor.name} is {tensor.shape}, for a matrix of {rows} x {columns}")
+    return out[:5]
+
+
+def _refuse_others(adapters: Iterable[Path], base: Path) -> None:
+    for path in adapters:
+        if faults := adapter_faults(path, base):
+            hint = "export the adapter with the model that it was trained on, by export.adapter"
+            raise ModelError(f"{path.name} is no adapter of this model: {'; '.join(faults)}", hint=hint)
+
+
+def _about(sources: Iterable[Path]) -> About:
+    """What all the files say of themselves. Raises InputError when they are of different models."""
+    told = {path: of_gguf(path) for path in sources}
+    first, about = next(iter(told.items()))
+    for path, other in told.items():
+        if other != about:
+            raise InputError(
+                f"{first} and {path} tell different things of themselves: {about} and {other}",
+                hint="give files that were made from one export.gguf",
+            )
+    return about
+
+
+def _ends(path: Path, shape: ModelShape) -> tuple[list[str], str]:
+    """What ends an answer, and what llama.cpp puts before every text because the file tells it to, or nothing.
+
+    Raises ModelError when the file is of another vocabulary than the model.
+    """
+    with LlamaModel(path, vocab_only=True) as model:
         if model.vocab_size != shape.vocab:
-            raise ModelError(f"{facts.serve.path} has {model.vocab_size} tokens, the model {shape.vocab}")
+            raise ModelError(f"{path.name} has {model.vocab_size} tokens, the model {shape.vocab}")
         stops = [model.piece(i).decode("utf-8", "replace") for i in sorted(model.eog)]
-    write_json(bundle / "generation.json", _generation(folder, shape, stops))
-    (bundle / "README.md").write_text(card.readme(facts), encoding="utf-8")
-    (bundle / "Modelfile").write_text(card.modelfile(facts, tokenizer.chat_template, stops), encoding="utf-8")
-    copied = _copy(folder, LICENCE_FILES, bundle / "LICENSES")
-    (bundle / "LICENSES" / "README.txt").write_text(card.licences(facts, copied), encoding="utf-8")
-    listing = _listing(bundle)
-    write_json(bundle / "bundle.json", _index(facts, tokenizer, listing))
-    report.note(f"{facts.serve.path} is the file to serve")
-    return {
-        "files": len(listing),
-        "size_bytes": sum(entry["size_bytes"] for entry in listing),
-        "serve": facts.serve.path,
-    }
+        first = model.bos if model.adds_bos else None
+        return stops, "" if first is None else model.piece(first).decode("utf-8", "replace")
 
 
-def _ggufs(paths: Iterable[Path]) -> list[Path]:
-    """All GGUF files among `paths`, which are files or folders of them."""
-    found = [file for path in paths for file in (sorted(path.glob("*.gguf")) if path.is_dir() else [path])]
-    if not found:
-        raise InputError("no GGUF file was given", hint="read the gguf of export.gguf or of export.quantize")
-    return found
+def _ggufs(path: Path) -> list[Path]:
+    """The models at `path`, a file or a folder of files, each by its first file."""
+    if path.is_dir():
+        return gguf_header.files(path)
+    first = gguf_header.SHARD.sub(lambda part: f"-00001-of-{part[2]}.gguf", path.name)
+    return [path.with_name(first)]
 
 
-def _copy_gguf(path: Path, name: str, bundle: Path) -> Quantised:
-    table, kind = ggufs.tensors(path), ggufs.quantisation(path)
-    target = bundle / "gguf" / f"{name}-{kind}.gguf"
-    if target.exists():
-        raise InputError(f"two GGUF files of type {kind} were given")
-    target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(path, target)
+def _parts(firsts: Iterable[Path]) -> list[Path]:
+    return [part for first in firsts for part in gguf_header.shards(first)]
+
+
+def _matching(folder: Path) -> list[Path]:
+    """The files of the checkpoint that ship."""
+    patterns = (*CHECKPOINT_FILES, *LICENCE_FILES)
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _is_licence(path: Path) -> bool:
+    return any(path.match(pattern) for pattern in LICENCE_FILES)
+
+
+class _Copying:
+    """Copies files into the bundle and keeps their digests: each byte is read once."""
+
+    def __init__(self, bundle: Path, report: Report, files: Iterable[Path]) -> None:
+        self.digests: dict[str, str] = {}
+        self._bundle, self._report = bundle, report
+        self._done, self._total = 0, sum(path.stat().st_size for path in files)
+        free = shutil.disk_usage(bundle).free
+        if self._total + SPARE_BYTES > free:
+            raise RunError(
+                f"the bundle takes {self._total + SPARE_BYTES:,} bytes, the disk of {bundle} has {free:,} free",
+                hint="free some space on that disk; the same command then goes on",
+            )
+
+    def copy(self, source: Path, name: str) -> Path:
+        """Copy `source` to `name` inside the bundle."""
+        target, digest = self._bundle / name, hashlib.sha256()
+        target.parent.mkdir(exist_ok=True)
+        with source.open("rb") as reader, target.open("xb") as writer:
+            while chunk := reader.read(_CHUNK_BYTES):
+                writer.write(chunk)
+                digest.update(chunk)
+                self._done += len(chunk)
+                self._report.progress(self._done, self._total, "byte")
+                stop_if_asked(self._report)
+        self.digests[name] = digest.hexdigest()
+        return target
+
+
+def _copy_gguf(first: Path, name: str, copying: _Copying) -> Quantised:
+    table, kind = ggufs.tensors(first), ggufs.quantisation(first)
+    parts = []
+    for part in gguf_header.shards(first):
+        number = gguf_header.SHARD.search(part.name)
+        parts.append(f"gguf/{name}-{kind}{number[0] if number else '.gguf'}")
+        if parts[-1] in copying.digests:
+            raise InputError(f"two GGUF files of type {kind} were given", hint="a bundle has one of each type")
+        copying.copy(part, parts[-1])
     return Quantised(
-        path=target.relative_to(bundle).as_posix(),
+        path=parts[0],
+        parts=tuple(parts),
+        source=first.name,
         type=kind,
-        size_bytes=target.stat().st_size,
+        size_bytes=sum(part.stat().st_size for part in gguf_header.shards(first)),
         bits_per_weight=ggufs.bits_per_weight(table),
         gpu_bytes=ggufs.gpu_bytes(table),
     )
 
 
-def _served(files: list[Quantised], shape: ModelShape) -> Quantised:
-    """The file to serve: Q8_0 for small models, Q4_K_M for others, else the smallest there is."""
-    best = "Q8_0" if shape.parameters() < SMALL_PARAMETERS else "Q4_K_M"
-    return min(files, key=lambda file: (file.type != best, file.size_bytes))
-
-
-def _copy(source: Path, patterns: Iterable[str], target: Path) -> list[str]:
-    """Copy the files of `source` that match; their names."""
-    target.mkdir(exist_ok=True)
-    names = sorted({p.name for pattern in patterns for p in source.glob(pattern) if p.is_file()})
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+def _copy_adapter(path: Path, copying: _Copying) -> Adapter:
+    """An adapter under its own name: general.name, or the file's where it has none."""
+    keys, _ = gguf_header.read(path)
+    told = keys.get("general.name")
+    name = safe_name(told if isinstance(told, str) and told else path.stem)
+    target = f"adapters/{name}.gguf"
+    if target in copying.digests:
+        raise InputError(f"two adapters are called {name}", hint="set another adapter_name of export.adapter")
+    copying.copy(path, target)
+    ranks = [min(tensor.shape) for tensor in ggufs.tensors(path)]
+    return Adapter(target, name, max(ranks, default=0), path.stat().st_size)
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
@@ -137,34 +278,101 @@ def _json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _generation(folder: Path, shape: ModelShape, stops: list[str]) -> dict[str, Any]:
-    """How to sample, as the model's makers set it; greedy when they say nothing."""
-    given = read_json(folder / "generation_config.json") or {}
-    sampling = {key: given[key] for key in SAMPLING_KEYS if given.get(key) is not None}
+    """How to sample, as the model's makers set it; greedy when they say nothing.
+
+    Raises ModelError for a value that is no number.
+    """
+    given = read_json(folder / "generation_config.json")
+    given = given if isinstance(given, dict) else {}
+    sampling: dict[str, Any] = dict(_DEFAULTS) if given.get("do_sample") else {}
+    for key in (*_DEFAULTS, "repetition_penalty", "max_new_tokens"):
+        value = given.get(key)
+        if value is None:
+            continue
+        whole = key in _WHOLE
+        if (
+            type(value) is bool
+            or not isinstance(value, int if whole else int | float)
+            or not math.isfinite(value)
+        ):
+            kind = "whole number" if whole else "number"
+            raise ModelError(f"{folder}/generation_config.json: {key} is {value!r}, a {kind} is needed")
+        sampling[key] = value
     if not given.get("do_sample"):
         sampling["temperature"] = 0.0
     return {"context_tokens": shape.context, "stop": stops, **sampling}
 
 
-def _listing(bundle: Path) -> list[dict[str, Any]]:
+def _write_texts(
+    bundle: Path, facts: Facts, tokenizer: Tokenizer, generation: Mapping[str, Any], bos: str
+) -> None:
+    """The small files: template, sampling, card, Modelfiles, the note on licences."""
+    write_json(bundle / "generation.json", generation)
+    (bundle / "README.md").write_text(card.readme(facts), encoding="utf-8")
+    (bundle / "LICENSES").mkdir(exist_ok=True)
+    (bundle / "LICENSES" / "README.txt").write_text(card.licences(facts), encoding="utf-8")
+    turns = None
+    if tokenizer.chat_template is not None:
+        (bundle / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+        turns = describe(Chat(tokenizer).render)
+    for suffix, adapter in [("", ""), *((f".{lora.name}", lora.path) for lora in facts.adapters)]:
+        served = Served(
+            path=facts.serve.path,
+            context_tokens=commands.context_served(facts.shape.context),
+            generation=generation,
+            license=facts.about.license,
+            split=len(facts.serve.parts) > 1,
+            adapter=adapter,
+        )
+        text = modelfile(served, turns, facts.template, bos)
+        (bundle / f"Modelfile{suffix}").write_text(text, encoding="utf-8")
+
+
+def _listing(bundle: Path, known: Mapping[str, str]) -> list[dict[str, Any]]:
     """Path, size and digest of every file."""
     return [
-        {"path": name, "size_bytes": (bundle / name).stat().st_size, "sha256": sha256_file(bundle / name)}
+        {
+            "path": name,
+            "size_bytes": (bundle / name).stat().st_size,
+            "sha256": known.get(name) or sha256_file(bundle / name),
+        }
         for name in visible_files(bundle)
     ]
 
 
 def _index(facts: Facts, tokenizer: Tokenizer, listing: list[dict[str, Any]]) -> dict[str, Any]:
+    about = facts.about
     return {
         "format": FORMAT,
-        "name": facts.name,
-        "license": facts.license,
-        "languages": list(facts.languages),
+        "name": about.name,
+        "license": about.license,
+        "languages": list(about.languages),
+        "base_models": list(about.base_models),
+        "datasets": list(about.datasets),
         "architecture": facts.shape.model_type,
         "parameters": facts.shape.parameters(),
         "context_tokens": facts.shape.context,
         "tokenizer": tokenizer.digest,
         "serve": facts.serve.path,
-        "memory": {"card_bytes": card.CARD_BYTES, "files": card.memory(facts)},
+        "serve_because": facts.why,
+        "gguf": [
+            {
+                "path": file.path,
+                "parts": list(file.parts),
+                "type": file.type,
+                "size_bytes": file.size_bytes,
+                "bits_per_weight": round(file.bits_per_weight, 3),
+            }
+            for file in facts.files
+        ],
+        "adapters": [{"path": lora.path, "name": lora.name, "rank": lora.rank} for lora in facts.adapters],
+        "commands": facts.commands,
+        "memory": {
+            "card_bytes": card.CARD_BYTES,
+            "files": card.memory(facts),
+            "contexts": card.memory_by_context(facts),
+        },
+        "recipe": facts.recipe,
         "verify": list(facts.verify),
         "scores": list(facts.scores),
         "files": listing,

@@ -2,13 +2,13 @@
 
 Three kinds of tokenizer.json have a counterpart in llama.cpp:
 
-    "gpt2"   byte-level BPE: merges are written as they are
-    "llama"  SentencePiece-like BPE with byte fallback: llama.cpp merges by a token's score, so the
-             score is minus the lowest rank among the merges that make it
+    "gpt2"   byte-level BPE: merges are written as they are        (export/pretokenizers.py: the cuts)
+    "llama"  SentencePiece-like BPE with byte fallback: by scores  (export/sentencepiece.py)
     "t5"     single characters without merges or byte fallback: every cut is forced, and unlike
              "llama" an unknown character gives the unknown token instead of ending the process
 
 The list always has one entry per embedding row; rows that no token owns become [PADi], type UNUSED.
+Added tokens are found in a text before anything else: special ones are CONTROL, the others USER_DEFINED.
 What llama.cpp would tokenise differently is refused. Equality is proved by export.verify, not here.
 """
 
@@ -20,14 +20,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.pretokenizers import name_of
+from export.pretokenizers import RECURSIVE, name_of
+from export.sentencepiece import SPACE, order_of_merges, space_prefix, unlisted
+from export.special_tokens import (
+    ALWAYS_READ,
+    CONTROL_BY_TEXT,
+    added_around,
+    check_added,
+    notes_on,
+    special_ids,
+)
 from foundation.errors import ModelError
-from foundation.files import read_json
 from foundation.tokenizer import Tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # tokenizer.ggml.token_type
-SPACE = "▁"  # how SentencePiece writes a space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+NO_SCORE = {BYTE: 0.0, CONTROL: -1000.0, USER_DEFINED: -1000.0, UNUSED: -10000.0}  # as llama.cpp's converter
 
 
 @dataclass
@@ -57,11 +65,12 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = spec["model"]
     kind = _kind(spec)
-    prefix = _space_prefix(spec) if kind != "gpt2" else False
-    _check_added(spec, kind, prefix)
+    prefix = space_prefix(spec) if kind != "gpt2" else False
+    check_added(spec, tokenizer, prefix)
+    merges = _merges(model)
     tokens, types = _tokens(spec, kind, rows)
-    add_bos, add_eos, outer = _added_around(folder)
-    ids = _special_ids(tokenizer, spec, rows)
+    add_bos, add_eos, outer = added_around(spec)
+    ids = special_ids(tokenizer, spec, tokens)
     for name, wanted in outer.items():
         if ids.setdefault(name, wanted) != wanted:
             raise ModelError(f"the tokenizer adds id {wanted} as {name}, its configuration says {ids[name]}")
@@ -70,8 +79,12 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
             f"{folder}: no end token is named, and llama.cpp would stop at an unrelated one",
             hint="set eos_token in tokenizer_config.json",
         )
-    if kind == "gpt2":
-        ids.setdefault("bos", ids["eos"])  # else llama.cpp assumes id 11
+    hidden = _hidden(tokenizer, tokens, types, merges, ids) if kind == "gpt2" else {}
+    for i in hidden:
+        tokens[i], types[i] = f"[PAD{i}]", UNUSED
+    merges = [pair for pair in merges if "".join(pair) not in hidden.values()]
+    if kind != "t5":
+        ids.setdefault("bos", ids["eos"])  # else llama.cpp assumes id 11, or 1
     vocabulary = Vocabulary(
         model=kind,
         pre=name_of(spec.get("pre_tokenizer"), bool(model.get("ignore_merges")))
@@ -79,15 +92,20 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
         else "default",
         tokens=tokens,
         types=types,
-        scores=None if kind == "gpt2" else _scores(model, tokens, types),
-        merges=[" ".join(pair) for pair in _merges(model)] if kind == "gpt2" else None,
+        scores=None if kind == "gpt2" else _scores(order_of_merges(merges), tokens, types),
+        merges=[" ".join(pair) for pair in merges] if kind == "gpt2" else None,
         add_space_prefix=prefix,
         add_bos=add_bos,
         add_eos=add_eos,
         ids=ids,
         chat_template=tokenizer.chat_template,
     )
-    vocabulary.notes = _notes(spec, kind)
+    vocabulary.notes = _notes(spec, vocabulary, merges)
+    if hidden:
+        vocabulary.notes.append(
+            f"left out: {', '.join(f'{i} {text!r}' for i, text in hidden.items())}; no text is encoded to it, "
+            "and llama.cpp would make a control token of it"
+        )
     return vocabulary
 
 
@@ -128,6 +146,13 @@ def _kind(spec: dict[str, Any]) -> str:
             raise ModelError(f"llama.cpp applies no normalizer; the tokenizer has {normalizer}")
         if not model["merges"]:
             raise ModelError("a byte-level tokenizer without merges can not be exported")
+        lacking = _byte_alphabet() - model["vocab"].keys()
+        if lacking and model.get("unk_token"):
+            raise ModelError(
+                f"the byte-level tokenizer lacks {len(lacking)} of the 256 byte letters and has unk_token "
+                f"{model['unk_token']!r}: llama.cpp would drop what gives the unknown token",
+                hint="train it with initial_alphabet=ByteLevel.alphabet()",
+            )
         return "gpt2"
     if not model["merges"] and model.get("unk_token") and model.get("fuse_unk"):
         return "t5"
@@ -137,47 +162,6 @@ def _kind(spec: dict[str, Any]) -> str:
     )
 
 
-def _pre(spec: dict[str, Any]) -> str:
-    return name_of(spec.get("pre_tokenizer"), bool(spec["model"].get("ignore_merges")))
-
-
-def _space_prefix(spec: dict[str, Any]) -> bool:
-    """True when a space is put before every piece of text. Raises ModelError for other normalizations."""
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = {"type": "Prepend", "prepend": SPACE}
-    normalizer, pre = spec.get("normalizer"), spec.get("pre_tokenizer")
-    steps = normalizer.get("normalizers") if normalizer and normalizer["type"] == "Sequence" else [normalizer]
-    unsplit = pre is None or (pre.get("type") == "Split" and pre.get("pattern") == {"String": " "})
-    if unsplit and steps == [prepend, replace]:
-        return True
-    if unsplit and steps == [replace]:
-        return False
-    if normalizer is None and pre and pre.get("type") == "Metaspace" and pre.get("replacement") == SPACE:
-        if pre.get("split", True) and any(SPACE in t[1:] for t in spec["model"]["vocab"]):
-            raise ModelError("the tokenizer splits at spaces but has tokens with a space inside")
-        if pre.get("prepend_scheme") == "never":
-            return False
-        raise ModelError(
-            f"Metaspace with prepend_scheme {pre.get('prepend_scheme')!r}: llama.cpp puts a space before every "
-            "piece of text or before none, also where there is one already",
-            hint="use prepend_scheme 'never', or the normalizers Prepend and Replace instead of Metaspace",
-        )
-    raise ModelError(f"normalizer {normalizer} with pre-tokenizer {pre} has no counterpart in llama.cpp")
-
-
-def _check_added(spec: dict[str, Any], kind: str, prefix: bool) -> None:
-    """Refuse added tokens that match text in ways llama.cpp lacks."""
-    for token in spec.get("added_tokens", []):
-        flags = [k for k in ("lstrip", "rstrip", "single_word") if token.get(k)]
-        if kind != "gpt2" and prefix and token.get("normalized"):
-            flags.append("normalized (with a space put first)")
-        if flags:
-            raise ModelError(
-                f"added token {token['content']!r} is {', '.join(flags)}, which llama.cpp can not match",
-                hint="add it with AddedToken(text, normalized=False)",
-            )
-
-
 def _tokens(spec: dict[str, Any], kind: str, rows: int) -> tuple[list[str], list[int]]:
     """Text and type of every embedding row."""
     added = {t["id"]: t for t in spec.get("added_tokens", [])}
@@ -185,7 +169,12 @@ def _tokens(spec: dict[str, Any], kind: str, rows: int) -> tuple[list[str], list
     texts.update({i: t["content"] for i, t in added.items()})
     largest = max(texts)
     if largest >= rows:
-        raise ModelError(f"the tokenizer has ids up to {largest}, the model only {rows} embedding rows")
+        beyond = sum(i >= rows for i in texts)
+        raise ModelError(
+            f"the tokenizer has ids up to {largest} ({texts[largest]!r}), the model only {rows} embedding rows "
+            f"({beyond} tokens without)",
+            hint="export the tokenizer that the model was trained with, or give the model rows for them",
+        )
     alphabet = _byte_alphabet()
     tokens, types = [], []
     taken = set(texts.values())
@@ -209,7 +198,9 @@ def _tokens(spec: dict[str, Any], kind: str, rows: int) -> tuple[list[str], list
         tokens.append(text)
         types.append(kind_of)
     if len(set(tokens)) != rows:
-        raise ModelError("two token ids share one text")
+        first: dict[str, int] = {}
+        shared = next((i, t) for i, t in enumerate(tokens) if first.setdefault(t, i) != i)
+        raise ModelError(f"token ids {first[shared[1]]} and {shared[0]} share one text, {shared[1]!r}")
     return tokens, types
 
 
@@ -220,79 +211,76 @@ def _byte_alphabet() -> set[str]:
     return set(ByteLevel.alphabet())
 
 
+def _hidden(
+    tokenizer: Tokenizer,
+    tokens: list[str],
+    types: list[int],
+    merges: list[tuple[str, str]],
+    ids: dict[str, int],
+) -> dict[int, str]:
+    """Ordinary tokens that no text is encoded to and that llama.cpp would find in texts, as control tokens.
+
+    Qwen2.5 has one: its 128247, "</s>", learnt from a file that was cut otherwise. Left as it is, llama.cpp
+    would encode "</s>" in a user's text to it, and end a generation there.
+    """
+    found = {
+        i: text
+        for i, text in enumerate(tokens)
+        if types[i] == NORMAL
+        and i not in ids.values()
+        and text in CONTROL_BY_TEXT | ALWAYS_READ
+        and tokenizer.encode_marked(text) != [i]
+        and f"[PAD{i}]" not in tokens
+    }
+    parts = {part for pair in merges for part in pair} if found else set()
+    return {i: text for i, text in found.items() if text not in parts}
+
+
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """Merges as pairs; older files write them as "a b"."""
+    """Merges as pairs; older files write them as "a b". Of a pair listed twice the later rank counts."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(left, right) for left, right in pairs]
+    ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+    return sorted(ranks, key=ranks.__getitem__)
 
 
-def _scores(model: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
-    """Score of every token: minus its lowest merge rank; far below for what no merge makes."""
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_merges(model)):
-        ranks.setdefault(left + right, rank)
-    other = {BYTE: 0.0, CONTROL: -1000.0, USER_DEFINED: -1000.0, UNUSED: -1e6, NORMAL: -1e6}
-    return [
-        -float(ranks[t]) if kind == NORMAL and t in ranks else other[kind]
-        for t, kind in zip(tokens, types, strict=True)
-    ]
+def _scores(order: dict[str, int], tokens: list[str], types: list[int]) -> list[float]:
+    """Score of every token: minus its place in the order of merges; behind them what no merge makes."""
+    scores = []
+    behind = len(order)
+    for token, kind in zip(tokens, types, strict=True):
+        if token in order and kind in (NORMAL, USER_DEFINED):
+            scores.append(-float(order[token]))
+        elif kind == NORMAL:  # a single character: nothing joins it, so that its score is never asked for
+            scores.append(-float(behind))
+            behind += 1
+        else:
+            scores.append(NO_SCORE[kind])
+    return scores
 
 
-def _notes(spec: dict[str, Any], kind: str) -> list[str]:
+def _notes(spec: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> list[str]:
     """What llama.cpp may do otherwise, for the log; export.verify measures it."""
     notes = []
-    if kind == "gpt2" and spec.get("normalizer"):
+    if vocabulary.model == "gpt2" and spec.get("normalizer"):
         notes.append("the tokenizer composes letters (NFC), llama.cpp does not: decomposed text differs")
-    if kind == "llama":
-        vocab, pairs = spec["model"]["vocab"], set(_merges(spec["model"]))
-        loose = sum(
-            1
-            for token in vocab
-            for cut in range(1, len(token))
-            if token[:cut] in vocab and token[cut:] in vocab and (token[:cut], token[cut:]) not in pairs
+    if vocabulary.pre in RECURSIVE:
+        notes.append(
+            f"llama.cpp cuts text as {vocabulary.pre} by recursion: a run of some 25,000 letters without a cut "
+            "ends its process; limit what a server lets in"
         )
+    if vocabulary.model == "llama":
+        added = {t["content"] for t in spec.get("added_tokens", [])}
+        pieces = spec["model"]["vocab"]
+        # llama.cpp finds added tokens before it joins anything, but for those with a space written ▁
+        joined = [t for t in vocabulary.tokens if t not in added or SPACE in t]
+        listed = set(merges)
+        loose = unlisted(joined, pieces, listed)
         if loose:
             notes.append(f"llama.cpp can make {loose} merges that tokenizer.json does not list")
-    return notes
-
-
-def _added_around(folder: Path) -> tuple[bool, bool, dict[str, int]]:
-    """(adds a beginning token, adds an end token, their ids) by what the post-processor does to a text."""
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend.from_file(str(folder / "tokenizer.json"))
-    plain, dressed = (backend.encode("a", add_special_tokens=s).ids for s in (False, True))
-    at = next((i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), 0)
-    before, after = dressed[:at], dressed[at + len(plain) :]
-    if len(before) > 1 or len(after) > 1:
-        raise ModelError(
-            f"the tokenizer puts ids {before} before and {after} after a text; llama.cpp puts one at most"
-        )
-    outer = {name: ids[0] for name, ids in (("bos", before), ("eos", after)) if ids}
-    return bool(before), bool(after), outer
-
-
-def _special_ids(tokenizer: Tokenizer, spec: dict[str, Any], rows: int) -> dict[str, int]:
-    """Ids by role: from the tokenizer's names first, then from generation_config.json and config.json."""
-    ids: dict[str, int] = {}
-    for role in ("bos", "eos", "unk", "pad"):
-        token = tokenizer.config.get(f"{role}_token") or (
-            spec["model"].get("unk_token") if role == "unk" else None
-        )
-        token = token.get("content") if isinstance(token, dict) else token
-        found = tokenizer.id_of(token) if token else None
-        if found is not None:
-            ids[role] = found
-    for source in ("generation_config.json", "config.json"):
-        values = read_json(tokenizer.folder / source) or {}
-        for role in ("bos", "eos", "pad"):
-            given = values.get(f"{role}_token_id")
-            given = given if isinstance(given, list) else [given]
-            listed = [i for i in given if isinstance(i, int) and 0 <= i < rows]
-            if listed:
-                ids.setdefault(role, listed[0])
-            if role == "eos":  # a chat model may end its turn and its text with different tokens
-                others = (i for i in listed if i != ids["eos"])
-                for name, token in zip(("eot", "eom"), others, strict=False):
-                    ids.setdefault(name, token)
-    return ids
+        control = [t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == CONTROL]
+        if unlisted(control, pieces, listed):
+            named = [repr(t) for t in control if unlisted([t], pieces, listed)]
+            notes.append(
+                f"llama.cpp can join letters to the control tokens {', '.join(named)}, also in a user's text"
+            )
+    return notes + notes_on(vocabulary.tokens, vocabulary.ids, spec.get("added_tokens", []))

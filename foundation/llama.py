@@ -380,17 +380,27 @@ class LlamaContext:
         """Next-token logits at every position, float32.  # [T, V]"""
         import numpy as np
 
+        out = np.empty((len(ids), self.model.vocab_size), np.float32)  # [T, V]
+        for row, logits in zip(out, self.logit_rows(ids), strict=True):
+            row[:] = logits
+        return out
+
+    def logit_rows(self, ids: Sequence[int], first: int = 0) -> Iterator[np.ndarray]:
+        """`logits` of the positions from `first` on, one after the other: of 262,144 tokens a thousand would
+        take a gigabyte. Each is a view, good until the next is asked for.  # [V]
+        """
         self._check_prompt(ids, 0)
         self._forget(0)
-        out = np.empty((len(ids), self.model.vocab_size), np.float32)  # [T, V]
-        for start in range(0, len(ids), _OUTPUTS):
-            chunk = ids[start : start + _OUTPUTS]
+        start = 0
+        while start < len(ids):
+            end = min(start + _OUTPUTS, len(ids)) if start >= first else min(start + self._batch.size, first)
+            outputs = end - start if start >= first else 0
             self._batch.clear()
-            self._batch.add(chunk, start, slot=0, outputs=len(chunk))
+            self._batch.add(ids[start:end], start, slot=0, outputs=outputs)
             self._decode()
-            for i in range(len(chunk)):
-                out[start + i] = self._row(i)
-        return out
+            for i in range(outputs):
+                yield self._row(i)
+            start = end
 
     def generate_many(
         self,

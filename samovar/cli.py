@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foundation.errors import RecipeError, RunError, SamovarError, StopRequested
-from samovar import store
+from samovar import bundle, store
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 
 app.add_typer(store.app, name="store")
+app.add_typer(bundle.app, name="bundle")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (.toml).")]
@@ -215,6 +216,37 @@ def verify(
         for name, problems in found.items():
             _say("\n".join(f"{name}: {problem}" for problem in problems or ["as it was written"]))
     raise typer.Exit(1 if any(found.values()) else 0)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, a stage's, or a hub id.")],
+    quant: Annotated[str, typer.Option(metavar="TYPES", help="File types, by comma.")] = "Q8_0,Q4_K_M",
+    out: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/export-NAME]")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Text to measure on: a file, a folder, a quoted pattern; may be repeated.")
+    ] = None,
+    imatrix: Annotated[bool, typer.Option("--imatrix", help="Quantise by what matters to --text.")] = False,
+    license: Annotated[str, typer.Option(metavar="SPDX", help="Licence of the weights.")] = "",
+    dry: Annotated[bool, typer.Option("--dry", help="Show the recipe and the plan, and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a bundle of GGUF files out of a model, verified, without a recipe."""
+    from samovar.export import main as start
+
+    code = start(
+        model,
+        quant,
+        out=out,
+        name=name,
+        texts=text or [],
+        imatrix=imatrix,
+        license=license,
+        dry=dry,
+        as_json=as_json,
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,4 +66,37 @@ def convert(model_file: Path, folder: Path) -> Path:
         },
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def train(texts: Iterable[str], folder: Path, *, pieces: int, gemma: bool = False) -> Path:
+    """A small model of bytes and `pieces` in all, with its tokenizer.json: in Llama's form, or in Gemma's.
+
+    Gemma's puts no space before a text, and its control tokens have other ids.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    trained = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=trained,
+        model_type="bpe",
+        vocab_size=pieces,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=not gemma,
+        minloglevel=2,
+        **({"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3} if gemma else {}),
+    )
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    convert(folder / "tokenizer.model", folder)
+    if gemma:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["normalizer"] = content["normalizer"]["normalizers"][1]
+        content["decoder"]["decoders"].pop()
+        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<pad>"}))
     return folder
