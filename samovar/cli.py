@@ -225,7 +225,8 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Run directory.  [default: runs/export-NAME]")] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
     text: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Text to measure on: a file, a folder, a quoted pattern; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help='Text to measure on: files, folders, "patterns"; may be repeated.'),
     ] = None,
     imatrix: Annotated[bool, typer.Option("--imatrix", help="Quantise by what matters to --text.")] = False,
     license: Annotated[str, typer.Option(metavar="SPDX", help="Licence of the weights.")] = "",
