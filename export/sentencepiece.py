@@ -6,8 +6,12 @@ one token have ranks side by side, as in every file made from a SentencePiece mo
 the place of the token in the order of merges. tokenizer.model has other numbers in the same order, and only
 the order counts: both cut every text alike (tests compare them for Mistral).
 
-One difference stays: of two splits of one token tokenizer.json prefers the earlier merge, llama.cpp (and
-SentencePiece) the left place. It shows in long runs of one character, such as forty spaces.
+Two differences stay. Of two splits of one token tokenizer.json prefers the earlier merge, llama.cpp (and
+SentencePiece) the left place: it shows in long runs of one character, such as forty spaces. And Metaspace
+with prepend_scheme "first" (Mistral v0.3, the Llama tokenizers that transformers 5 saves but for those with
+legacy=True) puts a space where a text begins, unless there is one or an added token; llama.cpp puts one there
+and after every added token, or nowhere. A tokenizer with a chat template gets nowhere: chats begin with a
+special token. One without gets everywhere: raw text has no special tokens. SPACE_NOTES says what is lost.
 """
 
 from __future__ import annotations
@@ -18,10 +22,24 @@ from typing import Any
 from foundation.errors import ModelError
 
 SPACE = "▁"  # how SentencePiece writes a space
+SPACE_NOTES = {  # by what llama.cpp is told
+    False: "the tokenizer puts a space where a text begins, llama.cpp puts none, so that chats are tokenised "
+    "alike: let every text that does not begin with a special token, also a template's, begin with a space",
+    True: "the tokenizer puts a space where a text begins, unless there is one; llama.cpp puts one there in "
+    "any case, and one after every added token inside a text",
+}
 
 
-def space_prefix(spec: dict[str, Any]) -> bool:
-    """True when a space is put before every piece of text. Raises ModelError for other normalizations."""
+def space_first(spec: dict[str, Any]) -> bool:
+    """True when a space is put at the beginning of a whole text and nowhere else."""
+    pre = spec.get("pre_tokenizer") or {}
+    return pre.get("type") == "Metaspace" and pre.get("prepend_scheme") == "first"
+
+
+def space_prefix(spec: dict[str, Any], chats: bool) -> bool:
+    """True when llama.cpp shall put a space before every piece of text. Raises ModelError for other
+    normalizations. `chats`: there is a chat template; it decides where the space stands first alone.
+    """
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
     normalizer, pre = spec.get("normalizer"), spec.get("pre_tokenizer")
@@ -37,11 +55,13 @@ def space_prefix(spec: dict[str, Any]) -> bool:
             raise ModelError("the tokenizer splits at spaces but has tokens with a space inside")
         if pre.get("prepend_scheme") == "never":
             return False
+        if space_first(spec):
+            return not chats
         raise ModelError(
             f"Metaspace with prepend_scheme {pre.get('prepend_scheme')!r}: llama.cpp puts a space before every "
-            "piece of text or before none, also where there is one already",
-            hint="use prepend_scheme 'never', or the normalizers Prepend and Replace instead of Metaspace "
-            "(Llama 2's legacy form)",
+            "piece of text also where there is one already, as in '[INST] text'",
+            hint="use the form that the model was trained with: prepend_scheme 'first' or 'never', or the "
+            "normalizers Prepend and Replace instead of Metaspace (Llama 2's legacy form)",
         )
     raise ModelError(f"normalizer {normalizer} with pre-tokenizer {pre} has no counterpart in llama.cpp")
 

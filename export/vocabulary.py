@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from export.pretokenizers import RECURSIVE, name_of
-from export.sentencepiece import SPACE, order_of_merges, space_prefix, unlisted
+from export.sentencepiece import SPACE, SPACE_NOTES, order_of_merges, space_first, space_prefix, unlisted
 from export.special_tokens import (
     ALWAYS_READ,
     CONTROL_BY_TEXT,
@@ -65,7 +65,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = spec["model"]
     kind = _kind(spec)
-    prefix = space_prefix(spec) if kind != "gpt2" else False
+    prefix = space_prefix(spec, bool(tokenizer.chat_template)) if kind != "gpt2" else False
     check_added(spec, tokenizer, prefix)
     merges = _merges(model)
     tokens, types = _tokens(spec, kind, rows)
@@ -268,6 +268,8 @@ def _notes(spec: dict[str, Any], vocabulary: Vocabulary, merges: list[tuple[str,
             f"llama.cpp cuts text as {vocabulary.pre} by recursion: a run of some 25,000 letters without a cut "
             "ends its process; limit what a server lets in"
         )
+    if vocabulary.model != "gpt2" and space_first(spec):
+        notes.append(SPACE_NOTES[vocabulary.add_space_prefix])
     if vocabulary.model == "llama":
         added = {t["content"] for t in spec.get("added_tokens", [])}
         pieces = spec["model"]["vocab"]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+INST = (  # Mistral v0.3's way: specials side by side, and text behind them with a space and without
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 
 
 def convert(model_file: Path, folder: Path) -> Path:
@@ -69,10 +73,24 @@ def convert(model_file: Path, folder: Path) -> Path:
     return folder
 
 
-def train(texts: Iterable[str], folder: Path, *, pieces: int, gemma: bool = False) -> Path:
+def metaspace(folder: Path, scheme: str = "first", template: str | None = None, split: bool = False) -> Path:
+    """Change tokenizer.json as transformers 5 saves a LlamaTokenizer: no normalizer, Metaspace."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+    content |= {"normalizer": None, "pre_tokenizer": space}
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def train(
+    texts: Iterable[str], folder: Path, *, pieces: int, gemma: bool = False, control: Sequence[str] = ()
+) -> Path:
     """A small model of bytes and `pieces` in all, with its tokenizer.json: in Llama's form, or in Gemma's.
 
-    Gemma's puts no space before a text, and its control tokens have other ids.
+    Gemma's puts no space before a text, and its control tokens have other ids; `control`: more of those.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -87,9 +105,10 @@ def train(texts: Iterable[str], folder: Path, *, pieces: int, gemma: bool = Fals
         remove_extra_whitespaces=False,
         add_dummy_prefix=not gemma,
         minloglevel=2,
+        control_symbols=list(control),
         **({"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3} if gemma else {}),
     )
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(trained.getvalue())
     convert(folder / "tokenizer.model", folder)
     if gemma:

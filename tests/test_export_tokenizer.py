@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from handmade import SPECIAL, TEXTS, byte_level, sentencepiece_like, write_tokenizer
+import spm
+from handmade import (
+    SPECIAL,
+    TEXTS,
+    byte_level,
+    empty_model,
+    export,
+    model_folder,
+    sentencepiece_like,
+    texts_file,
+    write_tokenizer,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inprocess import here
 
-from export import adversarial
+from export import adversarial, verify
 from export.gguf import write_vocabulary_only
+from export.original import load_tokenizer
 from export.pretokenizers import QWEN2
 from export.sentencepiece import unlisted
+from export.tokenisation import compare_ids, compare_texts
 from export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from foundation.errors import ModelError
 from foundation.llama import LlamaModel
+from foundation.report import Silent
 
 FIRST_NEW = 700  # id of the first token of an extension; the rows between stay unused
 SAMPLES = (*TEXTS, *adversarial.TEXTS, *adversarial.fuzz(1, 300))
@@ -180,10 +196,9 @@ class TestSentencePieceLike:
         assert differences(folder, path) == []
 
     def test_what_a_prefix_can_not_express_is_refused(self, tmp_path: Path) -> None:
-        for scheme in ("first", "always"):
-            folder = write_tokenizer(tmp_path, edited(sentencepiece_like(), metaspace(scheme)), **self.CONFIG)
-            with pytest.raises(ModelError, match=f"prepend_scheme '{scheme}'"):
-                read_vocabulary(folder, 400)
+        folder = write_tokenizer(tmp_path, edited(sentencepiece_like(), metaspace("always")), **self.CONFIG)
+        with pytest.raises(ModelError, match="prepend_scheme 'always'"):
+            read_vocabulary(folder, 400)
         write_tokenizer(tmp_path, sentencepiece_like(normalized_added=True), **self.CONFIG)
         with pytest.raises(ModelError, match="'слово' is normalized"):
             read_vocabulary(folder, 400)
@@ -209,6 +224,106 @@ class TestSentencePieceLike:
         write_tokenizer(tmp_path, edited(sentencepiece_like(), add), **self.CONFIG | {"bos_token": "<unk>"})
         with pytest.raises(ModelError, match="adds id 1 as bos, its configuration says 0"):
             read_vocabulary(folder, 400)
+
+
+class TestASpaceBeforeTheTextAlone:
+    """Metaspace with prepend_scheme "first", against transformers, through export.verify's comparison."""
+
+    LINES = tuple(text.strip() for text in TEXTS)
+    STARTED = ("", "<s>", "<s>[INST]", "[INST]hello</s><s>[INST] мама [/INST]", " [INST]", "▁hello", "  hello")
+    ENDED = ("hello", "hello[INST][/INST]")
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """Special tokens <unk>, <s>, </s>, [INST], [/INST]; the configuration of a model of 512 rows."""
+        control = ("[INST]", "[/INST]")
+        (empty_model(tmp_path) / "chat_template.jinja").unlink()
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 512}))
+        return spm.train([*TEXTS * 30, "hello [INST] мама"], tmp_path, pieces=500, control=control)
+
+    def compared(
+        self, folder: Path, lines: tuple[str, ...] = LINES, **changes: Any
+    ) -> tuple[dict[str, Any], list[str]]:
+        """(what export.verify says of the texts, the special ids that differ); `changes` spoil the file."""
+        vocabulary = replace(read_vocabulary(folder, 512), **changes)
+        write_vocabulary_only(folder / "vocabulary.gguf", vocabulary)
+        tokenizer = load_tokenizer(folder)
+        with LlamaModel(folder / "vocabulary.gguf", vocab_only=True) as model:
+            ids = compare_ids(tokenizer, model, folder)
+            return compare_texts(tokenizer, model, lines, seed=1), ids["different"]
+
+    @pytest.mark.parametrize("split", [False, True])
+    def test_with_a_template_chats_are_equal(self, folder: Path, split: bool) -> None:
+        spm.metaspace(folder, template=spm.INST, split=split)
+        vocabulary = read_vocabulary(folder, 512)
+        assert vocabulary.add_space_prefix is False
+        assert "llama.cpp puts none, so that chats are tokenised alike" in vocabulary.notes[0]
+        groups, ids = self.compared(folder)
+        assert ids == [] and all(group["different"] == 0 for group in groups.values())
+        assert groups["chat"] == {"equal": 2, "known": 0, "different": 0}
+        assert groups["lines"] == {"equal": 0, "known": len(self.LINES), "different": 0}
+        # of five contexts two begin with a letter, one with a line end; one with a space, one with the token
+        assert groups["added_tokens"] == {"equal": 5 * 2, "known": 5 * 3, "different": 0}
+
+    def test_without_a_template_raw_text_is_equal(self, folder: Path) -> None:
+        spm.metaspace(folder)
+        vocabulary = read_vocabulary(folder, 512)
+        assert vocabulary.add_space_prefix is True and "after every added token" in vocabulary.notes[0]
+        groups, ids = self.compared(folder)
+        assert ids == [] and all(group["different"] == 0 for group in groups.values())
+        assert groups["lines"] == {"equal": len(self.LINES), "known": 0, "different": 0}
+        # only the token alone is equal: behind all others some text follows
+        assert groups["added_tokens"] == {"equal": 5, "known": 5 * 4, "different": 0}
+
+    @pytest.mark.parametrize(("template", "equal"), [(spm.INST, 7), (None, 5)])
+    def test_pieces_of_text(self, folder: Path, template: str | None, equal: int) -> None:
+        """STARTED begin with a special token or a space; behind a special token in ENDED stands no text.
+
+        Without a template the first three are equal as well: they hold no text.
+        """
+        groups, _ = self.compared(spm.metaspace(folder, template=template), self.STARTED + self.ENDED)
+        assert groups["lines"] == {"equal": equal, "known": 9 - equal, "different": 0}
+
+    @pytest.mark.parametrize("template", [spm.INST, None])
+    def test_the_wrong_way_round_is_different(self, folder: Path, template: str | None) -> None:
+        spm.metaspace(folder, template=template)
+        groups, ids = self.compared(folder, add_space_prefix=template is not None)
+        assert ids == ["text_with_specials"] and groups["added_tokens"]["different"] > 0
+        assert groups["chat" if template else "lines"]["equal"] == 0
+
+    @pytest.mark.parametrize("template", [spm.INST, None])
+    def test_spaces_excuse_nothing_else(self, folder: Path, template: str | None) -> None:
+        """Scores turned round in the file: it joins other letters, whatever the spaces."""
+        vocabulary = read_vocabulary(spm.metaspace(folder, template=template), 512)
+        assert vocabulary.scores
+        groups, _ = self.compared(folder, scores=[-score for score in vocabulary.scores])
+        assert groups["lines"]["different"] == len(self.LINES)
+        assert groups["adversarial"]["different"] > 10 and groups["chunks"]["different"] == 1
+
+    def test_a_template_that_begins_with_text(self, folder: Path) -> None:
+        """Its chats lose their first space: different, until it writes one, which changes no id elsewhere."""
+        plain = "User: {{ messages[0].content }}"
+        groups, _ = self.compared(spm.metaspace(folder, template=plain))
+        assert groups["chat"]["different"] == 2 and groups["lines"]["different"] == 0
+        before = load_tokenizer(folder).encode("User: a", add_special_tokens=False)
+        groups, _ = self.compared(spm.metaspace(folder, template=" " + plain))
+        assert groups["chat"]["equal"] == 2
+        assert load_tokenizer(folder).encode(" User: a", add_special_tokens=False) == before
+
+    def test_export_verify_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The whole stage, on a Mistral with [INST] as a control token."""
+        monkeypatch.setattr(verify, "in_child", here)
+        special = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+        folder = model_folder(tmp_path / "hf", "mistral", sliding_window=None, **special)
+        spm.train([*TEXTS * 30, "hello [INST] мама"], folder, pieces=500, control=("[INST]", "[/INST]"))
+        path = export(spm.metaspace(folder, template=spm.INST), tmp_path / "out")
+        inputs = {"model": folder, "gguf": path, "texts": texts_file(tmp_path / "t.jsonl", TEXTS * 20)}
+        verify.run(verify.Settings(tokens=64, holdout_tokens=512), inputs, tmp_path, Silent())
+        told = json.loads((tmp_path / "verify.json").read_text())
+        (file,) = told["files"]
+        assert told["passed"] and file["tokenisation"]["chat"]["equal"] == 2
+        assert file["tokenisation"]["lines"]["known"] == 80
 
 
 def metaspace(scheme: str) -> Any:

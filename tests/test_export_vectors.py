@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from export import adversarial
 from export.gguf import write_vocabulary_only
 from export.pretokenizers import QWEN2
 from export.special_tokens import ends_of
+from export.tokenisation import compare_texts
 from export.vocabulary import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
 from foundation.llama import LlamaModel
 
@@ -261,6 +263,41 @@ def test_mistral(samovar_data: Path, tmp_path: Path) -> None:
         LlamaModel(folder / "vocabulary.gguf", vocab_only=True) as by_rank,
     ):
         assert [t for t in asked if by_score.tokenize(t) != by_rank.tokenize(t)] == []
+
+
+@pytest.mark.parametrize("template", [spm.INST, None])
+def test_mistral_as_transformers_5_saves_it(samovar_data: Path, tmp_path: Path, template: str | None) -> None:
+    """A space where a text begins and nowhere else: chats equal with a template, raw text without."""
+    from transformers import AutoTokenizer
+
+    base = spm.convert(samovar_data / "tokenizers" / "mistral-v3" / "tokenizer.model", tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    (base / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))
+    assert (content["normalizer"], content["pre_tokenizer"]["prepend_scheme"]) == (None, "first")
+    _, model, vocabulary = exported(tmp_path / "saved", len(tokenizer))
+    assert vocabulary.add_space_prefix is (template is None)
+    real = lines(samovar_data)
+    with model:
+        groups = compare_texts(tokenizer, model, real, seed=6)
+    assert [name for name, group in groups.items() if group["different"]] == []
+    assert len(added_texts(tokenizer.backend_tokenizer)) > 700
+    spaced = sum(line.startswith((" ", "▁")) for line in real)
+    if template:
+        assert groups["chat"] == {"equal": 2, "known": 0, "different": 0}
+        assert groups["lines"] == {"equal": spaced, "known": len(real) - spaced, "different": 0}
+    else:
+        assert groups["lines"] == {"equal": len(real) - spaced, "known": spaced, "different": 0}
+
+    wrong = replace(vocabulary, add_space_prefix=template is not None)
+    write_vocabulary_only(tmp_path / "wrong.gguf", wrong)
+    with LlamaModel(tmp_path / "wrong.gguf", vocab_only=True) as model:
+        groups = compare_texts(tokenizer, model, real[:100], seed=6)
+    assert groups["chat" if template else "lines"]["equal"] == 0 and groups["added_tokens"]["different"] > 700
 
 
 def test_mistral_with_russian_words(samovar_data: Path, tmp_path: Path) -> None:
