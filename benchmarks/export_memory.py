@@ -77,7 +77,7 @@ def measure(folder: Path, kind: str) -> dict[str, float]:
 def export(folder: Path, kind: str) -> dict[str, float]:
     """Export into a counting sink; what it wrote and took."""
     from export import gguf
-    from export.writer import write_files
+    from export.weights.writer import write_files
     from foundation.report import Silent
 
     sink = Counting()
@@ -140,7 +140,7 @@ def _tokenizer(folder: Path) -> None:
     """A byte-level BPE of VOCAB_TOKENS tokens: the bytes, every pair of them, and pairs with a byte more."""
     from tokenizers import pre_tokenizers
 
-    from export.pretokenizers import QWEN2
+    from export.tokenizer.pretokenizers import QWEN2
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = list(product(letters, letters))

@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from seeds import DATA, ROOT, half_width, run_recipe
 
-from export import gguf, ggufs, imatrix, importance, quantiser
-from export.divergence import divergence, log_softmax
+from export import gguf, ggufs, imatrix
+from export.parity.divergence import divergence, log_softmax
+from export.quants import importance, quantiser
 from foundation import gguf_header
 from foundation.dataio import documents, write_jsonl
 from foundation.errors import ModelError

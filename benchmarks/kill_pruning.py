@@ -69,13 +69,13 @@ class Pruning(Victim):
 
         import distill.heal  # noqa: F401
         import evaluation.tasks  # noqa: F401
-        import export.predict  # noqa: F401
+        import export.quants.predict  # noqa: F401
         import prune.iterate  # noqa: F401
 
     def start(self, inputs: Path, kind: str, out: Path) -> None:
         from distill.heal import heal
         from evaluation.tasks import load_tasks, measure
-        from export.predict import gguf_bytes
+        from export.quants.predict import gguf_bytes
         from prune import iterate
 
         read: dict[str, Any] = {"model": inputs / "model", "data": (inputs / "chats.jsonl",)}

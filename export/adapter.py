@@ -22,14 +22,14 @@ from pydantic import Field
 
 from export import about
 from export.about import About
-from export.architectures import Target, check, gguf_names, halves_to_pairs
-from export.checkpoint import Checkpoint
-from export.divergence import Comparison
 from export.ggufs import quantisation
 from export.lora import EMBEDDING, Lora, read_lora
-from export.original import load_original, original_logits
+from export.parity.divergence import Comparison
+from export.parity.original import load_original, original_logits
 from export.verify import GATES, Gate
-from export.writer import check_space
+from export.weights.architectures import Target, check, gguf_names, halves_to_pairs
+from export.weights.checkpoint import Checkpoint
+from export.weights.writer import check_space
 from foundation.child import in_child
 from foundation.errors import ModelError
 from foundation.gguf_header import find

@@ -24,11 +24,12 @@ from typing import Any
 
 from pydantic import Field
 
-from export import card, commands, ggufs, recipes
+from export import ggufs
 from export.about import About, of_gguf
-from export.card import Adapter, Facts, Quantised
-from export.modelfile import Served, modelfile
-from export.turns import describe
+from export.shipping import card, commands, recipes
+from export.shipping.card import Adapter, Facts, Quantised
+from export.shipping.modelfile import Served, modelfile
+from export.shipping.turns import describe
 from foundation import gguf_header
 from foundation.chat import Chat
 from foundation.errors import InputError, ModelError, RunError

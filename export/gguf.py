@@ -22,7 +22,8 @@ from pydantic import Field
 
 from export import about
 from export.about import About
-from export.architectures import (
+from export.tokenizer.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from export.weights.architectures import (
     Target,
     capped,
     check,
@@ -32,10 +33,9 @@ from export.architectures import (
     rows,
     tensor_names,
 )
-from export.checkpoint import Checkpoint
-from export.layout import Keys, Layout, Tensor
-from export.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
-from export.writer import check_space, write_files
+from export.weights.checkpoint import Checkpoint
+from export.weights.layout import Keys, Layout, Tensor
+from export.weights.writer import check_space, write_files
 from foundation.errors import ModelError
 from foundation.report import Report
 from foundation.settings import StageSettings

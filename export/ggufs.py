@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from export.layout import Tensor
-from export.types import QUANTS, type_name
+from export.quants.types import QUANTS, type_name
+from export.weights.layout import Tensor
 from foundation import gguf_header
 from foundation.errors import ModelError
 

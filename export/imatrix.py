@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from export.architectures import TARGETS, gguf_names
-from export.vocabulary import read_vocabulary
+from export.tokenizer.vocabulary import read_vocabulary
+from export.weights.architectures import TARGETS, gguf_names
 from foundation.dataio import documents
 from foundation.errors import InputError, ModelError
 from foundation.files import write_atomic, writing

@@ -22,7 +22,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.checkpoint import Checkpoint, floats
+from export.weights.checkpoint import Checkpoint, floats
 from foundation.errors import ModelError
 from foundation.shape import ModelShape
 

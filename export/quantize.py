@@ -22,13 +22,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from export import ggufs, importance
-from export.importance import Importance
-from export.layout import Keys, Layout, Tensor
-from export.overrides import CHARACTERS, resolve
-from export.quantiser import Wish, plan, write
-from export.types import QUANTS, UNQUANTISED, block, check_quant, check_type
-from export.writer import check_space
+from export import ggufs
+from export.quants import importance
+from export.quants.importance import Importance
+from export.quants.overrides import CHARACTERS, resolve
+from export.quants.quantiser import Wish, plan, write
+from export.quants.types import QUANTS, UNQUANTISED, block, check_quant, check_type
+from export.weights.layout import Keys, Layout, Tensor
+from export.weights.writer import check_space
 from foundation import gguf_header
 from foundation.child import in_child
 from foundation.errors import ModelError

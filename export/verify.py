@@ -27,13 +27,13 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from export import ggufs
-from export.comparison import compare_logits as compare_logits  # "as": offered from here too
-from export.divergence import divergence as divergence
-from export.original import Amounts
-from export.original import sample_ids as sample_ids
-from export.recommend import page, recommended
-from export.tokenisation import compare_ids as compare_ids
-from export.tokenisation import compare_texts as compare_texts
+from export.parity.comparison import compare_logits as compare_logits  # "as": offered from here too
+from export.parity.divergence import divergence as divergence
+from export.parity.original import Amounts
+from export.parity.original import sample_ids as sample_ids
+from export.parity.recommend import page, recommended
+from export.parity.tokenisation import compare_ids as compare_ids
+from export.parity.tokenisation import compare_texts as compare_texts
 from foundation import gguf_header
 from foundation.child import in_child
 from foundation.errors import InputError, ModelError
@@ -108,7 +108,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
         "amounts": amounts._asdict(),
     }
     parts = [_Part(report, number, len(files) + 1) for number in range(len(files) + 1)]
-    original = _kept(work / "original.json", "export.original:record", arguments, parts[0])
+    original = _kept(work / "original.json", "export.parity.original:record", arguments, parts[0])
     rows = []
     for number, file in enumerate(files):
         stop_if_asked(report)
@@ -220,7 +220,7 @@ def _judged(file: File, gate: Gate, place: Path, vocab: int, report: Report) -> 
     }
     arguments = {"path": str(file.path), "work": str(place.parent), "vocab": vocab}
     try:
-        found = _kept(place, "export.comparison:compare_file", arguments, report)
+        found = _kept(place, "export.parity.comparison:compare_file", arguments, report)
         failures = faults(found, gate)
     except ModelError as error:
         found, failures = dict.fromkeys(("logits", "tokenisation", "ids", "holdout")), [error.message]

@@ -85,7 +85,7 @@ def main(
 
 def wanted_types(quants: str, *, imatrix: bool, texts: bool) -> list[str]:
     """File types by name, each once. Raises InputError naming every fault at once."""
-    from export.types import QUANTS, check_quant
+    from export.quants.types import QUANTS, check_quant
 
     names = list(dict.fromkeys(name.strip().upper() for name in quants.split(",") if name.strip()))
     problems = [] if names else ["--quant names no type"]
@@ -181,7 +181,7 @@ def compose(
     source: str, types: Sequence[str], name: str, texts: Sequence[str], imatrix: bool, license: str
 ) -> str:
     """The recipe, as TOML that a person reads and goes on from."""
-    from export.types import QUANTS
+    from export.quants.types import QUANTS
 
     if license and not _LICENCE.fullmatch(license):
         raise InputError(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from export.types import QUANTS
+from export.quants.types import QUANTS
 from foundation.errors import MissingError
 from foundation.settings import StageSettings
 
@@ -263,7 +263,7 @@ KINDS: Mapping[str, Kind] = {
             "heal": "distill.heal:heal",
             "tasks": "evaluation.tasks:load_tasks",
             "measure": "evaluation.tasks:measure",
-            "file_bytes": "export.predict:gguf_bytes",
+            "file_bytes": "export.quants.predict:gguf_bytes",
         },
         agrees="prune.iterate:disagreements",
         version=5,
@@ -282,7 +282,7 @@ KINDS: Mapping[str, Kind] = {
         handed={
             "tasks": "evaluation.tasks:load_tasks",
             "measure": "evaluation.tasks:measure",
-            "gguf_bytes": "export.predict:gguf_bytes",
+            "gguf_bytes": "export.quants.predict:gguf_bytes",
         },
         version=3,
     ),

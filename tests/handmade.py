@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export import gguf
-from export.pretokenizers import GPT2, QWEN2
+from export.tokenizer.pretokenizers import GPT2, QWEN2
 from foundation.gguf_header import find
 from foundation.report import Silent
 from foundation.shape import ModelShape

@@ -18,8 +18,9 @@ import pytest
 from handmade import export, model_folder
 from lora import LINEAR, adapter_folder
 
-from export import adapter, architectures
+from export import adapter
 from export.lora import Lora
+from export.weights import architectures
 from foundation.errors import ModelError
 from foundation.llama import LlamaModel
 from foundation.report import Silent

@@ -15,8 +15,9 @@ import yaml
 from handmade import export, model_folder
 
 from evaluation import compare
-from export import bundle, card, frontmatter, quantize
+from export import bundle, quantize
 from export.about import About
+from export.shipping import card, frontmatter
 from foundation.errors import InputError, ModelError, RunError
 from foundation.llama import LlamaModel
 from foundation.report import Silent

@@ -25,8 +25,8 @@ import pytest
 import spm
 from handmade import CHAT_TEMPLATE, TEXTS, export, model_folder
 
-from export.pretokenizers import LLAMA3, QWEN2
-from export.vocabulary import NORMAL, UNUSED
+from export.tokenizer.pretokenizers import LLAMA3, QWEN2
+from export.tokenizer.vocabulary import NORMAL, UNUSED
 
 NAME = "Tiny-Model-v1"
 TYPES = ("f32", "f16", "bf16", "q8_0")

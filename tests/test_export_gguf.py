@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from handmade import byte_level, export, model_folder, write_tokenizer
 
-from export import architectures, gguf, ggufs
-from export.checkpoint import Checkpoint
+from export import gguf, ggufs
 from export.verify import compare_logits
-from export.writer import write_files
+from export.weights import architectures
+from export.weights.checkpoint import Checkpoint
+from export.weights.writer import write_files
 from foundation.errors import ModelError, RunError
 from foundation.gguf_header import read
 from foundation.llama import LlamaModel

@@ -1,4 +1,4 @@
-"""export.layout against gguf-py: the same heads, byte for byte, and the files that its reader finds whole."""
+"""export/weights/layout.py against gguf-py: the same heads, byte for byte, and files its reader finds whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from export.layout import Keys, Layout, Tensor
+from export.weights.layout import Keys, Layout, Tensor
 from foundation.errors import ModelError
 
 TENSORS = [

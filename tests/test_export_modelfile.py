@@ -27,9 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export import bundle
-from export.commands import FLAGS, commands
-from export.modelfile import Served, go_template, modelfile, quoted
-from export.turns import Turns, describe
+from export.shipping.commands import FLAGS, commands
+from export.shipping.modelfile import Served, go_template, modelfile, quoted
+from export.shipping.turns import Turns, describe
 from foundation.chat import CHATML, Chat, ChatTemplate
 from foundation.report import Silent
 

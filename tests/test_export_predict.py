@@ -1,4 +1,4 @@
-"""export.predict: sizes against files that export.gguf and llama.cpp's quantiser really wrote."""
+"""export.quants.predict: sizes against files that export.gguf and llama.cpp's quantiser really wrote."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from handmade import CHAT_TEMPLATE, export, model_folder, sentencepiece_like, write_tokenizer
 
-from export import predict, quantiser
-from export.architectures import check
-from export.importance import Importance
-from export.predict import gguf_bytes, tensors_as
-from export.quantiser import Wish
-from export.types import QUANTS
+from export.quants import predict, quantiser
+from export.quants.importance import Importance
+from export.quants.predict import gguf_bytes, tensors_as
+from export.quants.quantiser import Wish
+from export.quants.types import QUANTS
+from export.weights.architectures import check
 from foundation.errors import ModelError
 from foundation.shape import ModelShape
 from prune.cut import cut_folder

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from handmade import SPECIAL, write_tokenizer
 
-from export import adversarial
 from export.gguf import write_vocabulary_only
-from export.pretokenizers import DIGIT, DIGITS, GPT2, KNOWN, LLAMA3, QWEN2, RECURSIVE, name_of
-from export.vocabulary import NORMAL, Vocabulary, read_vocabulary
+from export.parity import adversarial
+from export.tokenizer.pretokenizers import DIGIT, DIGITS, GPT2, KNOWN, LLAMA3, QWEN2, RECURSIVE, name_of
+from export.tokenizer.vocabulary import NORMAL, Vocabulary, read_vocabulary
 from foundation.errors import ModelError
 from foundation.llama import LlamaModel
 

@@ -16,8 +16,10 @@ import pytest
 from handmade import TEXTS, export, model_folder
 from reports import StopsAfter
 
-from export import ggufs, quantiser, quantize, writer
-from export.types import QUANTS, TENSOR_TYPES
+from export import ggufs, quantize
+from export.quants import quantiser
+from export.quants.types import QUANTS, TENSOR_TYPES
+from export.weights import writer
 from foundation.errors import ModelError, RunError, StopRequested
 from foundation.llama import LlamaModel
 from foundation.report import Silent

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from handmade import SPECIAL, byte_level, sentencepiece_like, write_tokenizer
 
-from export import adversarial
 from export.gguf import write_vocabulary_only
-from export.pretokenizers import BLOOM
-from export.special_tokens import ALWAYS_READ, CONTROL_BY_TEXT, ENDS_BY_TEXT, ends_of, overlapping
-from export.vocabulary import NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from export.parity import adversarial
+from export.tokenizer.pretokenizers import BLOOM
+from export.tokenizer.special_tokens import ALWAYS_READ, CONTROL_BY_TEXT, ENDS_BY_TEXT, ends_of, overlapping
+from export.tokenizer.vocabulary import NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
 from foundation.errors import ModelError
 from foundation.llama import LlamaModel
 

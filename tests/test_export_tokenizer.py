@@ -24,13 +24,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inprocess import here
 
-from export import adversarial, verify
+from export import verify
 from export.gguf import write_vocabulary_only
-from export.original import load_tokenizer
-from export.pretokenizers import QWEN2
-from export.sentencepiece import unlisted
-from export.tokenisation import compare_ids, compare_texts
-from export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
+from export.parity import adversarial
+from export.parity.original import load_tokenizer
+from export.parity.tokenisation import compare_ids, compare_texts
+from export.tokenizer.pretokenizers import QWEN2
+from export.tokenizer.sentencepiece import unlisted
+from export.tokenizer.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from foundation.errors import ModelError
 from foundation.llama import LlamaModel
 from foundation.report import Silent

@@ -1,4 +1,4 @@
-"""export.types: its tables against llama.cpp's header, ggml's own arithmetic and what the quantiser plans."""
+"""export/quants/types.py: its tables against llama.cpp's header, ggml's arithmetic and what the quantiser plans."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from export.about import About
-from export.architectures import TARGETS, gguf_names
 from export.gguf import described, tensors_of
-from export.importance import Importance
-from export.layout import Keys, Layout, Tensor
-from export.quantiser import Wish, plan
-from export.types import OTHER_NAMES, QUANTS, TENSOR_TYPES, block, check_quant, check_type, type_name
+from export.quants.importance import Importance
+from export.quants.quantiser import Wish, plan
+from export.quants.types import OTHER_NAMES, QUANTS, TENSOR_TYPES, block, check_quant, check_type, type_name
+from export.weights.architectures import TARGETS, gguf_names
+from export.weights.layout import Keys, Layout, Tensor
 from foundation.llama import library, listening
 from foundation.shape import ModelShape
 

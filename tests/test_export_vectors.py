@@ -19,12 +19,12 @@ import pytest
 import spm
 from handmade import write_tokenizer
 
-from export import adversarial
 from export.gguf import write_vocabulary_only
-from export.pretokenizers import QWEN2
-from export.special_tokens import ends_of
-from export.tokenisation import compare_texts
-from export.vocabulary import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
+from export.parity import adversarial
+from export.parity.tokenisation import compare_texts
+from export.tokenizer.pretokenizers import QWEN2
+from export.tokenizer.special_tokens import ends_of
+from export.tokenizer.vocabulary import CONTROL, NORMAL, USER_DEFINED, Vocabulary, read_vocabulary
 from foundation.llama import LlamaModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.realdata]

@@ -20,8 +20,10 @@ import pytest
 from handmade import TEXTS, export, model_folder, texts_file
 from inprocess import here
 
-from export import adversarial, architectures, divergence, original, tokenisation, verify
-from export.recommend import page, recommended
+from export import verify
+from export.parity import adversarial, divergence, original, tokenisation
+from export.parity.recommend import page, recommended
+from export.weights import architectures
 from foundation.child import in_child
 from foundation.errors import InputError, ModelError, RunError, StopRequested
 from foundation.llama import LlamaModel, library
@@ -490,7 +492,7 @@ def test_a_stop_between_files_goes_on(
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     verify.run(settings, inputs, tmp_path / "a", Silent())
-    assert calls == ["export.original:record", "model.gguf", "q8_0.gguf"]
+    assert calls == ["export.parity.original:record", "model.gguf", "q8_0.gguf"]
     with pytest.raises(StopRequested):
         verify.run(settings, inputs, tmp_path / "b", Stopping(1))
     assert not (tmp_path / "b" / "verify.json").exists()
@@ -548,7 +550,8 @@ class TestRealChildren:
     ) -> None:
         check(folder, path, tmp_path, texts_file(tmp_path / "t.jsonl"))
         code = (
-            "import sys; from export.comparison import compare_file; from foundation.report import Silent\n"
+            "import sys\nfrom export.parity.comparison import compare_file\n"
+            "from foundation.report import Silent\n"
             f"compare_file({str(path)!r}, {str(tmp_path / '.work' / 'verify')!r}, 640, Silent())\n"
             "assert not {'torch', 'transformers'} & set(sys.modules)\n"
         )

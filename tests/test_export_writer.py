@@ -1,4 +1,4 @@
-"""export.writer against gguf-py's quantisers, what it refuses, and the memory it takes."""
+"""export.weights.writer against gguf-py's quantisers, what it refuses, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from export import checkpoint
-from export.checkpoint import Checkpoint
-from export.layout import Layout, Tensor
-from export.writer import LARGEST, largest, stored, write_files
+from export.weights import checkpoint
+from export.weights.checkpoint import Checkpoint
+from export.weights.layout import Layout, Tensor
+from export.weights.writer import LARGEST, largest, stored, write_files
 from foundation.errors import ModelError, StopRequested
 from foundation.report import Silent
 

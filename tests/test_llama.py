@@ -12,7 +12,7 @@ import pytest
 from handmade import export, model_folder
 
 from export.gguf import write_vocabulary_only
-from export.vocabulary import BYTE, CONTROL, NORMAL, Vocabulary
+from export.tokenizer.vocabulary import BYTE, CONTROL, NORMAL, Vocabulary
 from foundation import gguf_header, llama
 from foundation.chat import Chat, ChatTemplate
 from foundation.errors import InputError, ModelError

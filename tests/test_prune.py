@@ -17,7 +17,7 @@ from tiny import chats, tiny_model
 
 from distill.heal import heal
 from evaluation.tasks import load_tasks, measure
-from export.predict import gguf_bytes
+from export.quants.predict import gguf_bytes
 from foundation.dataio import write_jsonl
 from foundation.errors import ArtifactError, Diverged, InputError, ModelError
 from foundation.model import load

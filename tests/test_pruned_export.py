@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from handmade import export, model_folder
 
-from export import architectures, quantize, verify
+from export import quantize, verify
 from export.verify import compare_logits
+from export.weights import architectures
 from foundation.errors import ModelError
 from foundation.gguf_header import read
 from foundation.llama import LlamaModel

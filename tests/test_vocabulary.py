@@ -32,7 +32,7 @@ from adaptation.tokenizer_json import TokenizerJson, byte_alphabet, from_byte_le
 from adaptation.vocabulary import Settings, run
 from adaptation.words import script_characters, select
 from export.gguf import write_vocabulary_only
-from export.vocabulary import read_vocabulary
+from export.tokenizer.vocabulary import read_vocabulary
 from foundation.errors import ModelError
 from foundation.llama import LlamaModel
 from foundation.report import Silent

@@ -33,8 +33,8 @@ from adaptation.tokenizer_json import TokenizerJson, renumbered, to_byte_level
 from adaptation.uses import closed, count, frame
 from adaptation.vocabulary import Settings, run
 from export.gguf import write_vocabulary_only
-from export.pretokenizers import LLAMA3
-from export.vocabulary import read_vocabulary
+from export.tokenizer.pretokenizers import LLAMA3
+from export.tokenizer.vocabulary import read_vocabulary
 from foundation.chat import Chat
 from foundation.dataio import ROLES, documents, write_jsonl
 from foundation.errors import InputError, ModelError, StopRequested

@@ -155,7 +155,7 @@ def parity(folder: Path, gguf: Path, lines: Sequence[str], positions: int) -> di
 
     `positions`: so many at least lie past the sliding window.
     """
-    from export.original import load_tokenizer
+    from export.parity.original import load_tokenizer
     from export.verify import compare_ids, compare_logits, compare_texts, sample_ids
     from foundation.llama import LlamaModel
     from foundation.shape import ModelShape

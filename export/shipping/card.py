@@ -15,7 +15,7 @@ from typing import Any
 from export.about import About
 from export.fits import ASSUMED_CUDA_CONTEXT_BYTES, MIB, MOST_SLOTS, fits
 from export.fits import memory as memory_of
-from export.frontmatter import head
+from export.shipping.frontmatter import head
 from foundation.markdown import inline, table
 from foundation.shape import ModelShape
 

@@ -3,9 +3,9 @@
 So the pruning loop can ask how many layers fit a file size. No weights are read, and the model's layers may be
 fewer than it has (`layers`): what a file weighs depends on how many are left, not on which.
 
-What lies where is export.layout's arithmetic, and the keys are those that export.gguf writes. Which types a mix
-gives to the matrices is llama.cpp's to say: it is asked for its plan (export.quantiser) of a stub, a GGUF file
-with the model's keys and tensor table and a hole for the weights. That takes milliseconds.
+What lies where is the arithmetic of weights/layout.py, and the keys are those that export.gguf writes. Which
+types a mix gives to the matrices is llama.cpp's to say: it is asked for its plan (quantiser.py) of a stub, a GGUF
+file with the model's keys and tensor table and a hole for the weights. That takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from export.about import About
-from export.architectures import Target, check, gguf_names
 from export.gguf import FILE_TYPES, described, tensors_of, vocabulary_keys
-from export.importance import Importance
-from export.layout import Keys, Layout, Tensor
-from export.quantiser import Wish, plan
-from export.types import QUANTS, check_quant
-from export.vocabulary import read_vocabulary
+from export.quants.importance import Importance
+from export.quants.quantiser import Wish, plan
+from export.quants.types import QUANTS, check_quant
+from export.tokenizer.vocabulary import read_vocabulary
+from export.weights.architectures import Target, check, gguf_names
+from export.weights.layout import Keys, Layout, Tensor
 from foundation.errors import ModelError
 from foundation.files import stamps
 from foundation.shape import ModelShape
@@ -31,7 +31,7 @@ from foundation.shape import ModelShape
 def gguf_bytes(folder: Path, kind: str, layers: int | None = None, *, model_name: str = "model") -> int:
     """Bytes of the file that export.gguf and export.quantize make of the model in `folder` as `kind`.
 
-    kind: a name in export.types.QUANTS. With an importance matrix a file has some hundred bytes more, which
+    kind: a name in types.QUANTS. With an importance matrix a file has some hundred bytes more, which
     tell of it, and of some types slightly other matrices; types that need one are counted so, but for those
     bytes. layers: as if so many of its layers were left; for Gemma 3 one with a sliding window among them
     (without any, the file is some hundred bytes smaller). model_name: general.name.

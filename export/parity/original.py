@@ -23,9 +23,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from export import adversarial
-from export.divergence import log_softmax, perplexity
-from export.tokenisation import added_tokens, expected_ids, expected_texts
+from export.parity import adversarial
+from export.parity.divergence import log_softmax, perplexity
+from export.parity.tokenisation import added_tokens, expected_ids, expected_texts
 from foundation.dataio import documents, write_jsonl
 from foundation.errors import ModelError, RunError
 from foundation.files import read_json, write_json, writing

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
-from export.types import nearest
+from export.quants.types import nearest
 from foundation.errors import ModelError
 
 CHARACTERS = re.compile(r"[A-Za-z0-9_.*-]{1,64}")  # 64: ggml's longest name

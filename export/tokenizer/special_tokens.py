@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from export.sentencepiece import SPACE
+from export.tokenizer.sentencepiece import SPACE
 from foundation.errors import ModelError
 from foundation.files import read_json
 from foundation.tokenizer import SAVE_ONCE, Tokenizer

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from export.checkpoint import Checkpoint, floats
+from export.weights.checkpoint import Checkpoint, floats
 from foundation.errors import ModelError
 from foundation.shape import FAMILIES, ModelShape
 

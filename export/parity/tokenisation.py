@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from export import adversarial
+from export.parity import adversarial
 from foundation.chat import ChatTemplate
 from foundation.files import read_json
 from foundation.llama import LlamaModel

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.importance import Importance
-from export.types import QUANTS, TENSOR_TYPES
+from export.quants.importance import Importance
+from export.quants.types import QUANTS, TENSOR_TYPES
 from foundation import gguf_header
 from foundation.errors import ModelError
 from foundation.llama import last_log, library, listening

@@ -1,7 +1,7 @@
 """The Modelfile, by which Ollama takes a bundle's file over.
 
 Ollama has a template language of its own, Go's text/template. What a chat template writes is described by
-export.turns and written in that language; a template that it can not describe is not translated, and the
+turns.py and written in that language; a template that it can not describe is not translated, and the
 file says so: Ollama then goes by its own matching of the template in the GGUF file.
 
 Ollama's own defaults are not the model's (it repeats less and samples always), so every sampling parameter
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from export.turns import Turns
+from export.shipping.turns import Turns
 
 # our key in generation.json -> Ollama's, and how its value is written
 PARAMETERS = {

@@ -16,8 +16,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from export.checkpoint import floats
-from export.layout import Layout, Tensor, padded
+from export.weights.checkpoint import floats
+from export.weights.layout import Layout, Tensor, padded
 from foundation.errors import ModelError, RunError
 from foundation.files import writing
 from foundation.report import Report, stop_if_asked

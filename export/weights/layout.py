@@ -18,7 +18,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from export import types
+from export.quants import types
 from foundation.errors import ModelError
 
 ALIGNMENT_BYTES = 32

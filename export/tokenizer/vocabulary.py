@@ -2,8 +2,8 @@
 
 Three kinds of tokenizer.json have a counterpart in llama.cpp:
 
-    "gpt2"   byte-level BPE: merges are written as they are        (export/pretokenizers.py: the cuts)
-    "llama"  SentencePiece-like BPE with byte fallback: by scores  (export/sentencepiece.py)
+    "gpt2"   byte-level BPE: merges are written as they are        (export/tokenizer/pretokenizers.py: the cuts)
+    "llama"  SentencePiece-like BPE with byte fallback: by scores  (export/tokenizer/sentencepiece.py)
     "t5"     single characters without merges or byte fallback: every cut is forced, and unlike
              "llama" an unknown character gives the unknown token instead of ending the process
 
@@ -20,9 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.pretokenizers import RECURSIVE, name_of
-from export.sentencepiece import SPACE, SPACE_NOTES, order_of_merges, space_first, space_prefix, unlisted
-from export.special_tokens import (
+from export.tokenizer.pretokenizers import RECURSIVE, name_of
+from export.tokenizer.sentencepiece import (
+    SPACE,
+    SPACE_NOTES,
+    order_of_merges,
+    space_first,
+    space_prefix,
+    unlisted,
+)
+from export.tokenizer.special_tokens import (
     ALWAYS_READ,
     CONTROL_BY_TEXT,
     added_around,

@@ -138,7 +138,7 @@ def name_of(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) -> str:
 def _unknown(expressions: tuple[str, ...], ignore_merges: bool) -> ModelError:
     """The error for a pre-tokenizer that is not in the table: what it is near to, and what to do."""
     shown = " then ".join(expressions)
-    train = "train the tokenizer with a pre-tokenizer of the table in export/pretokenizers.py"
+    train = "train the tokenizer with a pre-tokenizer of the table in export/tokenizer/pretokenizers.py"
     if expressions in DIFFERENT:
         name, why = DIFFERENT[expressions]
         return ModelError(

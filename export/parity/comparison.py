@@ -12,9 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from export.divergence import Comparison
-from export.original import first_row, following, load_original, logits_file, original_logits, stored_logits
-from export.tokenisation import check_ids, check_texts
+from export.parity.divergence import Comparison
+from export.parity.original import (
+    first_row,
+    following,
+    load_original,
+    logits_file,
+    original_logits,
+    stored_logits,
+)
+from export.parity.tokenisation import check_ids, check_texts
 from foundation.errors import ModelError
 from foundation.files import read_json
 from foundation.llama import LlamaContext, LlamaModel
