@@ -4,8 +4,9 @@ Random models of each architecture, plain, pruned, extended and propagated (test
 trained here and with real ones: Qwen2.5's and Mistral v3's. Each is exported in F32 and compared on 1,000
 positions past its sliding window, on 10,000 lines of Russian and English, on Unicode fuzz and on every added
 token in context. `texts_known` differ as they must: llama.cpp composes no letters (see
-export/parity/tokenisation.py). `ties` are positions where two logits of the original are nearer than .01: Gemma's GELU is a table of float16
-numbers in ggml. Finished rows are kept: the script goes on where it was stopped.
+export/parity/tokenisation.py). `ties` are positions where two logits of the original are nearer than .01:
+Gemma's GELU is a table of float16 numbers in ggml. Finished rows are kept: the script goes on where it was
+stopped.
 
     nice python benchmarks/export_parity.py
 

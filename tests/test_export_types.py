@@ -1,4 +1,4 @@
-"""export/quants/types.py: its tables against llama.cpp's header, ggml's arithmetic and what the quantiser plans."""
+"""export/quants/types.py against llama.cpp's header, ggml's arithmetic and what the quantiser plans."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from handmade import TEXTS, export, model_folder, texts_file
+from handmade import TEXTS, byte_level, export, model_folder, texts_file, write_tokenizer
 from inprocess import here
+from tokenizers import Tokenizer as Backend
 
 from export import verify
 from export.parity import adversarial, divergence, original, tokenisation
@@ -623,3 +624,14 @@ def test_real_models_pass(samovar_data: Path, name: str, tmp_path: Path) -> None
     assert told["passed"], file["failures"]
     assert file["logits"]["tokens"] >= 1000 and file["tokenisation"]["lines"]["equal"] == 5000
     assert file["holdout"]["kl_mean"] < 1e-6
+
+
+def test_the_original_tokenises_by_its_own_file(tmp_path: Path) -> None:
+    """transformers' class for Qwen2 puts a normalizer of its own in the place of tokenizer.json's."""
+    folder = model_folder(tmp_path / "model", "qwen2")
+    write_tokenizer(folder, byte_level(nfc=False), tokenizer_class="Qwen2Tokenizer")
+    loaded = original.load_tokenizer(folder)
+    text = "и\u0306 е\u0308 e\u0301"  # decomposed
+    wanted = Backend.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert loaded.encode(text, add_special_tokens=False) == wanted
+    assert loaded.backend_tokenizer.normalizer is None and loaded.eos_token == "<|im_end|>"

@@ -165,9 +165,12 @@ def first_row(group: str, window: Sequence[int]) -> int:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a model folder. Raises ModelError."""
+    """The tokenizer.json of a model folder as transformers takes it. Raises ModelError.
+
+    Not by AutoTokenizer: some of its classes put their own normalizer in the place of the file's.
+    """
     try:
-        tokenizers = quiet_transformers().AutoTokenizer
+        tokenizers = quiet_transformers().PreTrainedTokenizerFast
         return tokenizers.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a bad folder makes transformers and tokenizers raise anything
         raise ModelError(f"{folder}: transformers can not load its tokenizer: {error}") from error

@@ -4,8 +4,8 @@ So the pruning loop can ask how many layers fit a file size. No weights are read
 fewer than it has (`layers`): what a file weighs depends on how many are left, not on which.
 
 What lies where is the arithmetic of weights/layout.py, and the keys are those that export.gguf writes. Which
-types a mix gives to the matrices is llama.cpp's to say: it is asked for its plan (quantiser.py) of a stub, a GGUF
-file with the model's keys and tensor table and a hole for the weights. That takes milliseconds.
+types a mix gives to the matrices is llama.cpp's to say: it is asked for its plan (quantiser.py) of a stub, a
+GGUF file with the model's keys and tensor table and a hole for the weights. That takes milliseconds.
 """
 
 from __future__ import annotations
