@@ -60,3 +60,8 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/deduplication.py --megabytes 1000
 	$(BIN)/python benchmarks/quality_filter.py
 	$(BIN)/python benchmarks/adaptation.py
+	$(BIN)/python benchmarks/export_memory.py
+	$(BIN)/python benchmarks/export_parity.py
+	$(BIN)/python benchmarks/export_speed.py
+	$(BIN)/python benchmarks/imatrix.py
+	$(BIN)/python benchmarks/kill_export.py --trials 30 --result benchmarks/results/kill_export.json
