@@ -33,6 +33,7 @@ _README = {  # field -> its names in a README's head
     "tags": ("tags", "pipeline_tag"),
     "description": ("description",),
 }
+_LARGEST = 2**31  # of a number in generation_config.json that is taken: what int32 and float32 hold
 _SAMPLING = {  # key of generation_config.json -> general.sampling.*, and whether it is a whole number
     "top_k": ("top_k", True),
     "top_p": ("top_p", False),
@@ -114,7 +115,8 @@ def write_sampling(folder: Path, writer: Any) -> None:
     config = read_json(folder / "generation_config.json")
     for key, (name, whole) in _SAMPLING.items():
         value = config.get(key) if isinstance(config, dict) else None
-        if isinstance(value, int if whole else int | float) and not isinstance(value, bool):
+        kinds = int if whole else int | float
+        if isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < _LARGEST:
             getattr(writer, f"add_sampling_{name}")(value if whole else float(value))
 
 

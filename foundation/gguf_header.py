@@ -18,7 +18,8 @@ from typing import Any
 from foundation.errors import ModelError
 
 MAX_BLOCKS = 512  # llama.cpp's LLAMA_MAX_LAYERS
-MAX_CONTEXT = 2**24
+MAX_CONTEXT = 2**24  # tokens; of a vocabulary too
+MAX_WIDTH, MAX_INNER, MAX_HEADS = 2**20, 2**24, 2**16
 MAX_DIMENSIONS = 4  # ggml's
 MAX_LIST = 4096  # numbers of a list that are kept: those with one number a layer
 MAX_TEXTS = 256  # texts of a list that are kept: languages and tags, not vocabularies
@@ -170,10 +171,10 @@ def _faults(keys: dict[str, Any], names: list[str]) -> list[str]:
     for key, top in (
         ("block_count", MAX_BLOCKS),
         ("context_length", MAX_CONTEXT),
-        ("embedding_length", 2**20),
-        ("feed_forward_length", 2**24),
-        ("attention.head_count", 2**16),
-        ("attention.head_count_kv", 2**16),
+        ("embedding_length", MAX_WIDTH),
+        ("feed_forward_length", MAX_INNER),
+        ("attention.head_count", MAX_HEADS),
+        ("attention.head_count_kv", MAX_HEADS),
     ):
         for value in _each(keys.get(key, [])):
             if type(value) is not int or not 1 <= value <= top:

@@ -18,6 +18,17 @@ from typing import Any
 
 from foundation.artifact import hint_for
 from foundation.errors import ModelError
+from foundation.gguf_header import MAX_BLOCKS, MAX_CONTEXT, MAX_HEADS, MAX_INNER, MAX_WIDTH
+
+# Sizes beyond these are no model: what walks over layers or tensors would fill the memory with their names.
+MOST = {
+    "num_hidden_layers": MAX_BLOCKS,
+    "hidden_size": MAX_WIDTH,
+    "intermediate_size": MAX_INNER,
+    "num_attention_heads": MAX_HEADS,
+    "num_key_value_heads": MAX_HEADS,
+    "head_dim": MAX_HEADS,
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class ModelShape:
             raise ModelError(f"{folder} holds no config.json", hint=hint_for(path.parent, path.name, hint))
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             hint = "copy it again from its model"
             raise ModelError(f"{path} is not valid JSON: {error}", hint=hint) from error
         return cls.from_config(config)
@@ -104,9 +115,9 @@ class ModelShape:
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
         """Make a shape from the parsed config. Raises ModelError naming every bad key."""
         kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ModelError(
-                f"model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}",
+                f"model_type {str(kind)[:80]!r} is not supported; supported: {', '.join(FAMILIES)}",
                 hint="take a text-only checkpoint of one of these families",
             )
         family = FAMILIES[kind]
@@ -197,14 +208,17 @@ class _Keys:
         self.problems: list[str] = []
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A positive whole number; 1 stands in for a bad one, which is remembered."""
+        """A positive whole number up to MOST; 1 stands in for a bad one, which is remembered."""
         value = self.config.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        most = MOST.get(key, MAX_CONTEXT)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
             return value
-        seen = "is missing" if value is None else f"is {value!r}"
-        self.problems.append(f"{key} {seen}, a positive whole number is needed")
+        large = isinstance(value, int) and value > most
+        seen = "is missing" if value is None else f"is {str(value)[:80]}" if large else f"is {value!r}"
+        needed = f"{most} at most is allowed" if large else "a positive whole number is needed"
+        self.problems.append(f"{key} {seen}, {needed}")
         return 1
 
     def number(self, key: str, default: float) -> float:

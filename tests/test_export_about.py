@@ -138,6 +138,10 @@ def test_repetition_penalty_is_told_as_newer_converters_do(tmp_path: Path) -> No
     found = ours(folder, About())
     assert found["general.sampling.penalty_repeat"] == 1.05
     assert not [key for key in found if key.endswith(("top_k", "top_p"))]
+    huge = '{"temperature": 1e300, "top_k": 99999999999999999999, "top_p": NaN, "min_p": 0.1}'
+    (folder / "generation_config.json").write_text(huge)
+    sampling = {key: value for key, value in ours(folder, About()).items() if "sampling" in key}
+    assert sampling == {"general.sampling.min_p": pytest.approx(0.1)}, "numbers that no key of GGUF holds"
     (folder / "generation_config.json").write_text("[1")
     assert not [key for key in ours(folder, About()) if "sampling" in key]
 

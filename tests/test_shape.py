@@ -149,3 +149,25 @@ def test_layer_types_must_name_every_layer() -> None:
     config = {**SIZES, "model_type": "gemma3_text", "layer_types": ["sliding_attention"] * 3}
     with pytest.raises(ModelError, match="layer_types has 3 entries, num_hidden_layers is 4"):
         ModelShape.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "most"),
+    [
+        ("num_hidden_layers", 10**9, 512),
+        ("max_position_embeddings", 10**12, 2**24),
+        ("vocab_size", 10**12, 2**24),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_at_once(key: str, value: int, most: int) -> None:
+    """Else what walks over the layers would fill the memory with the names of their tensors."""
+    with pytest.raises(ModelError, match=f"{key} is {value}, {most} at most is allowed"):
+        ModelShape.from_config({**LLAMA, key: value})
+
+
+def test_a_config_that_nests_without_end_and_a_model_type_that_is_a_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="not valid JSON"):
+        ModelShape.from_folder(tmp_path)
+    with pytest.raises(ModelError, match=r"model_type .*llama.* is not supported"):
+        ModelShape.from_config({**LLAMA, "model_type": ["llama"]})
