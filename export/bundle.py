@@ -111,6 +111,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     _write_texts(bundle, facts, tokenizer, generation, bos)
     listing = _listing(bundle, copying.digests)
     write_json(bundle / INDEX, _index(facts, tokenizer, listing))
+    shutil.rmtree(out / "bundle", ignore_errors=True)  # of a stage that was killed before it was recorded
     bundle.rename(out / "bundle")
     report.note(f"{served.path} is the file to serve: {why}")
     if not about.license:

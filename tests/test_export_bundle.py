@@ -230,6 +230,14 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def test_a_stage_killed_when_all_was_done_is_done_again(made: dict[str, Any], tmp_path: Path) -> None:
+    """The bundle stands, and nobody has recorded it: the next start finds it there."""
+    folder, first = build(made, tmp_path)
+    (folder / "stray.txt").write_text("of the killed one")
+    again, second = build(made, tmp_path)
+    assert first == second and not (again / "stray.txt").exists()
+
+
 def test_the_parts_work_where_they_are(made: dict[str, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
