@@ -361,6 +361,12 @@ class TestDamagedCheckpoints:
         self.rewrite(folder, lambda header: header["model.norm.weight"].pop("shape"))
         self.refuse(folder, "damaged entry")
 
+    @pytest.mark.parametrize("header", ["[1, 2]", "[" * 50_000, '{"a": '])
+    def test_a_header_that_is_no_table(self, folder: Path, header: str) -> None:
+        text = header.encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+        self.refuse(folder, "is not a safetensors file")
+
     def test_missing_and_unknown_tensors(self, folder: Path) -> None:
         def change(header: dict) -> None:
             header["model.extra.weight"] = header.pop("model.norm.weight")

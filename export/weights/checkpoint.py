@@ -140,7 +140,9 @@ def _table(file: Path) -> Iterator[tuple[str, Entry]]:
             raise ModelError(f"{file} is not a safetensors file: its header claims {length} of {size} bytes")
         try:
             table = json.loads(stream.read(length))
-        except ValueError as error:
+            if not isinstance(table, dict):
+                raise ValueError(f"its header is a {type(table).__name__}, not a table")
+        except (ValueError, RecursionError) as error:
             raise ModelError(f"{file} is not a safetensors file: {error}") from error
     for name, row in table.items():
         if name == "__metadata__":
