@@ -29,9 +29,10 @@ from export.parity.original import load_original, original_logits
 from export.verify import GATES, Gate
 from export.weights.architectures import Target, check, gguf_names, halves_to_pairs
 from export.weights.checkpoint import Checkpoint
-from export.weights.writer import check_space
+from export.weights.writer import NO_SPACE
 from foundation.child import in_child
 from foundation.errors import ModelError
+from foundation.files import check_space
 from foundation.gguf_header import find
 from foundation.llama import LlamaModel
 from foundation.report import Report, stop_if_asked
@@ -75,7 +76,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     lora = read_lora(adapter, shape, Checkpoint(folder))
     partial = out / ".work" / FILE
     partial.parent.mkdir(parents=True, exist_ok=True)
-    check_space(partial.parent, lora.parameters() * {"f32": 4, "f16": 2}[settings.dtype])
+    check_space(partial.parent, lora.parameters() * {"f32": 4, "f16": 2}[settings.dtype], NO_SPACE)
     _write(partial, settings, shape, target, lora, report)
     figures: Figures = {
         "matrices": len(lora.pairs),

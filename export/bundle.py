@@ -32,8 +32,8 @@ from export.shipping.modelfile import Served, modelfile
 from export.shipping.turns import describe
 from foundation import gguf_header
 from foundation.chat import Chat
-from foundation.errors import InputError, ModelError, RunError
-from foundation.files import read_json, sha256_file, visible_files, write_json
+from foundation.errors import InputError, ModelError
+from foundation.files import check_space, read_json, sha256_file, visible_files, write_json
 from foundation.llama import LlamaModel
 from foundation.report import Report, stop_if_asked
 from foundation.settings import StageSettings
@@ -215,12 +215,8 @@ class _Copying:
         self.digests: dict[str, str] = {}
         self._bundle, self._report = bundle, report
         self._done, self._total = 0, sum(path.stat().st_size for path in files)
-        free = shutil.disk_usage(bundle).free
-        if self._total + SPARE_BYTES > free:
-            raise RunError(
-                f"the bundle takes {self._total + SPARE_BYTES:,} bytes, the disk of {bundle} has {free:,} free",
-                hint="free some space on that disk; the same command then goes on",
-            )
+        hint = "free some space on that disk; the same command then goes on"
+        check_space(bundle, self._total + SPARE_BYTES, hint)
 
     def copy(self, source: Path, name: str) -> Path:
         """Copy `source` to `name` inside the bundle."""

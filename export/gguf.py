@@ -35,8 +35,9 @@ from export.weights.architectures import (
 )
 from export.weights.checkpoint import Checkpoint
 from export.weights.layout import Keys, Layout, Tensor
-from export.weights.writer import check_space, write_files
+from export.weights.writer import NO_SPACE, write_files
 from foundation.errors import ModelError
+from foundation.files import check_space
 from foundation.report import Report
 from foundation.settings import StageSettings
 from foundation.shape import ModelShape
@@ -111,7 +112,7 @@ def run(settings: Settings, inputs: Inputs, out: Path, report: Report) -> Figure
     partial, final = out / ".work" / "gguf", out / "gguf"
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was interrupted
     partial.mkdir(parents=True)
-    check_space(partial, plan.layout.size_bytes)
+    check_space(partial, plan.layout.size_bytes, NO_SPACE)
     write_files(plan.layout, plan.rows, partial, report, origins=plan.origins)
     shutil.rmtree(final, ignore_errors=True)
     partial.replace(final)

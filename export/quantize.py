@@ -29,11 +29,11 @@ from export.quants.overrides import CHARACTERS, resolve
 from export.quants.quantiser import Wish, plan, write
 from export.quants.types import QUANTS, UNQUANTISED, block, check_quant, check_type
 from export.weights.layout import Keys, Layout, Tensor
-from export.weights.writer import check_space
+from export.weights.writer import NO_SPACE
 from foundation import gguf_header
 from foundation.child import in_child
 from foundation.errors import ModelError
-from foundation.files import write_json
+from foundation.files import check_space, write_json
 from foundation.llama import LlamaModel
 from foundation.report import Report, stop_if_asked
 from foundation.settings import StageSettings
@@ -152,7 +152,7 @@ def make(
     if not asked.dry and missing:
         folder.mkdir(parents=True, exist_ok=True)
         scratch.mkdir(parents=True, exist_ok=True)
-        check_space(folder, sum(job.size_bytes for job in missing))
+        check_space(folder, sum(job.size_bytes for job in missing), NO_SPACE)
     rows = {}
     for number, job in enumerate(work.jobs):
         stop_if_asked(report)
@@ -229,9 +229,8 @@ def _quantise(
             lambda done: report.progress(number * tensors + done, count * tensors, "tensor"),
         )
     except ModelError:
-        check_space(
-            partial.parent, job.size_bytes - _size(partial)
-        )  # llama.cpp says of a full disk: iostream error
+        # llama.cpp says of a full disk: iostream error
+        check_space(partial.parent, job.size_bytes - _size(partial), NO_SPACE)
         raise
     partial.replace(target)
 

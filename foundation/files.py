@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -99,6 +100,13 @@ def disk_trouble(error: BaseException, path: Path) -> SamovarError | None:
     if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return RunError(f"{place} can not be used: {error.strerror}; {kept}", hint="check that path")
     return None
+
+
+def check_space(folder: Path, needed_bytes: int, hint: str) -> None:
+    """Raise RunError when the disk of `folder` has less than `needed_bytes` free. hint: what to do then."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise RunError(f"{needed_bytes:,} bytes are needed, the disk of {folder} has {free:,} free", hint=hint)
 
 
 @contextmanager

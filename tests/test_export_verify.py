@@ -245,7 +245,7 @@ class TestWhatFails:
     ) -> None:
         full = shutil.disk_usage(tmp_path)._replace(free=4 * 640 * 64 - 1)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
-        with pytest.raises(RunError, match="for the original's logits"):
+        with pytest.raises(RunError, match="bytes are needed, the disk of"):
             check(folder, path, tmp_path, tokens=64)
 
     def test_no_file_and_the_same_file_twice(self, folder: Path, path: Path, tmp_path: Path) -> None:

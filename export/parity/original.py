@@ -16,7 +16,6 @@ only the second half is scored, where every token has half a window before it.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -27,8 +26,8 @@ from export.parity import adversarial
 from export.parity.divergence import log_softmax, perplexity
 from export.parity.tokenisation import added_tokens, expected_ids, expected_texts
 from foundation.dataio import documents, write_jsonl
-from foundation.errors import ModelError, RunError
-from foundation.files import read_json, write_json, writing
+from foundation.errors import ModelError
+from foundation.files import check_space, read_json, write_json, writing
 from foundation.model import load, quiet_transformers
 from foundation.report import Report, stop_if_asked
 from foundation.shape import ModelShape
@@ -80,7 +79,8 @@ def record(
     todo = [(logits_file(place, group, i), window, first_row(group, window))
             for group in ("sample", "holdout") for i, window in enumerate(windows[group])]  # fmt: skip
     missing = [entry for entry in todo if not entry[0].is_file()]
-    _check_space(place, 4 * shape.vocab * sum(len(window) - first for _, window, first in missing))
+    logits = sum(len(window) - first for _, window, first in missing) * shape.vocab
+    check_space(place, 4 * logits, "free some for the original's logits, or lower tokens and holdout_tokens")
     original = load_original(source) if missing else None
     for done, (path, window, first) in enumerate(missing, len(todo) - len(missing)):
         stop_if_asked(report)
@@ -217,15 +217,6 @@ def _write(path: Path, logits: np.ndarray) -> None:
     with writing(path):
         logits.tofile(partial)
         partial.replace(path)
-
-
-def _check_space(work: Path, needed: int) -> None:
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise RunError(
-            f"{work} needs {needed / 2**30:.1f} GiB for the original's logits, {free / 2**30:.1f} GiB are free",
-            hint="free some space, or lower tokens and holdout_tokens",
-        )
 
 
 def _perplexity(work: Path, windows: Sequence[Sequence[int]], vocab: int) -> dict[str, float] | None:

@@ -10,7 +10,6 @@ Q8_0 is made by ggml itself, from the library that llama_cpp loads, and is loade
 from __future__ import annotations
 
 import ctypes
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from export.weights.checkpoint import floats
 from export.weights.layout import Layout, Tensor, padded
-from foundation.errors import ModelError, RunError
+from foundation.errors import ModelError
 from foundation.files import writing
 from foundation.report import Report, stop_if_asked
 
 if TYPE_CHECKING:
     import numpy as np
 
+NO_SPACE = "free some space on that disk, name another folder with --out, or choose a smaller type"
 LARGEST = {  # what a type can hold
     "F32": 3.4028234663852886e38,
     "F16": 65504.0,
@@ -80,16 +80,6 @@ def _write_tensor(sink: Sink, tensor: Tensor, rows: Rows, name: str, report: Rep
     if count != tensor.size_bytes:
         raise ModelError(f"{name} gave {count} bytes, {tensor.size_bytes} were announced")
     sink.write(bytes(padded(count) - count))
-
-
-def check_space(folder: Path, size_bytes: int) -> None:
-    """Raise RunError when the disk of `folder` has less than `size_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < size_bytes:
-        raise RunError(
-            f"the disk of {folder} has {free / 1e9:.1f} GB free, {size_bytes / 1e9:.1f} GB are needed",
-            hint="free some space on that disk, name another folder with --out, or choose a smaller type",
-        )
 
 
 def stored(values: np.ndarray, kind: str, name: str) -> np.ndarray:
