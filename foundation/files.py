@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 
 from foundation.errors import InputError, RunError, SamovarError
 
-TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")  # what write_atomic may leave behind when it is killed
+# What write_atomic, and the safetensors library, may leave behind when they are killed.
+TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{6}")
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")  # endings after which the one before says what a file holds
 

@@ -205,6 +205,7 @@ def test_left_over_temporary_files_do_not_become_content(tmp_path: Path) -> None
     out = artifact.begin(tmp_path / "vocab", NEW.fingerprint)
     (out / "text.txt").write_text("tea")
     (out / ".text.txt.1234.tmp").write_text("te")
+    (out / ".tmpnjMG7r").write_text("as the safetensors library names what it has not finished")
     manifest = artifact.record(tmp_path / "vocab", NEW, {}, 0, 0)
     assert list(manifest.files) == ["text.txt"]
 
