@@ -64,4 +64,4 @@ bench-full: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/export_parity.py
 	$(BIN)/python benchmarks/export_speed.py
 	$(BIN)/python benchmarks/imatrix.py
-	$(BIN)/python benchmarks/kill_export.py --trials 30 --result benchmarks/results/kill_export.json
+	$(BIN)/python benchmarks/kill_export.py --trials 12 --result benchmarks/results/kill_export.json
